@@ -1,0 +1,1 @@
+"""The zeroth-order engine: losses -> agree -> journal -> apply."""

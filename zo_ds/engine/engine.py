@@ -1,0 +1,262 @@
+"""ZOEngine: one step is losses under N directions, agreement over ranks, a journal record, and the update."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from zo_ds.config.schema import ZerothOrderConfig
+from zo_ds.engine.export import Saveable, save_pretrained
+from zo_ds.errors import NonFiniteError, PeerError, ZODSError
+from zo_ds.forward.perturber import Displacement
+from zo_ds.forward.sequential import Batch, Result, SequentialEvaluator
+from zo_ds.journal.journal import Journal
+from zo_ds.journal.records import StepRecord
+from zo_ds.maths.estimators import Probe, SkipReason, Verdict, probes, verdict
+from zo_ds.maths.noise import step_seed
+from zo_ds.maths.schedules import Schedule, scheduled
+from zo_ds.maths.update import Term, Update
+from zo_ds.parallel.channel import Channel, agree
+from zo_ds.parallel.units import interleave, ordered_mean
+from zo_ds.parallel.world import leave_world
+from zo_ds.stores.base import WeightStore
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step did, the same on every rank.
+
+    Attributes:
+        step: 0-based.
+        clean_loss: mean loss at the weights before the update.
+        spread: standard deviation of the perturbed losses.
+        coefficients: fp32 [N], what multiplied the directions.
+        skip: None, or why the weights were left alone.
+        lr, eps: of this step.
+        forwards: forward passes of the whole job, in units of work.
+        seconds: wall time.
+    """
+
+    step: int
+    clean_loss: float
+    spread: float
+    coefficients: Tensor
+    skip: SkipReason | None
+    lr: float
+    eps: float
+    forwards: int
+    seconds: float
+
+
+class ZOEngine:
+    """Wraps a model that DeepSpeed holds; made by `zo_ds.initialize`.
+
+    Args:
+        config: estimator and constants.
+        store: holds theta.
+        evaluator: gives losses under displacements.
+        channel: to the other replicas.
+        deepspeed: the DeepSpeed engine underneath.
+    """
+
+    def __init__(
+        self,
+        config: ZerothOrderConfig,
+        store: WeightStore,
+        evaluator: SequentialEvaluator,
+        channel: Channel,
+        deepspeed: DeepSpeedEngine,
+    ) -> None:
+        self.config, self.store, self.channel, self.deepspeed = config, store, channel, deepspeed
+        self.steps_done = 0
+        self._evaluator = evaluator
+        self._journal: Journal | None = None
+        self._skips: list[SkipReason] = []
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model. Its weights change only in `step`."""
+        return self.store.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return torch.device(self.deepspeed.device)
+
+    def record_to(self, journal: Journal | None) -> None:
+        """Append every step to this journal from now on; None on ranks that do not write it."""
+        self._journal = journal
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Take one step.
+
+        Args:
+            batch: this rank's examples: one micro-batch, or a list of them. All micro-batches of all ranks must have
+                the same number of examples; micro-batch number k of rank r is unit k * world_size + r of the step.
+
+        Raises:
+            NonFiniteError: the last `max_consecutive_skips` steps were all skipped.
+            PeerError: a rank is gone, or ranks computed different scalars.
+            MachineError: the journal could not be written; nothing was applied.
+        """
+        started = time.perf_counter()
+        units = batch if isinstance(batch, list) else [batch]
+        step, lr, eps = self.steps_done, *self._scheduled()
+        plan = probes(self.config.estimator_spec)
+        losses = self._gathered_losses(units, plan, step, eps)
+        found = verdict(ordered_mean(losses), self.config.estimator_spec, lr, eps)
+        record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread)
+        self._agree(record)
+        self._commit(record)
+        if found.skip is None:
+            self.store.apply(self.config.run_seed, record.update)
+        self.steps_done += 1
+        self._watch_skips(found, losses, plan)
+        seconds = time.perf_counter() - started
+        forwards = len(plan) * losses.shape[0]
+        return StepOutput(
+            step, found.clean_loss, found.spread, found.coefficients, found.skip, lr, eps, forwards, seconds
+        )
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Per-example losses at the current weights, fp64 [n] on the CPU, of this rank's batch alone."""
+        return self._evaluator.losses(batch, [None])[0]
+
+    def call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
+        """``function(model, batch)`` at the current weights: evaluation mode, no gradients, the step's autocast."""
+        return self._evaluator.call(function, batch)
+
+    def replay(self, records: Sequence[StepRecord]) -> None:
+        """Apply recorded steps to the weights, as if they had been taken here."""
+        for record in records:
+            if record.skip is None:
+                self.store.apply(self.config.run_seed, record.update)
+            self.steps_done = record.step + 1
+
+    def digest(self) -> str:
+        """SHA-256 of the trained weights."""
+        return self.store.digest()
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Saveable | None = None) -> None:
+        """Write the model in Hugging Face layout (safetensors), atomically; only rank 0 writes.
+
+        Args:
+            folder: a model that is there already is replaced.
+            tokenizer: saved beside the model.
+
+        Raises:
+            MachineError: the folder cannot be written.
+        """
+        if self.channel.rank == 0:
+            save_pretrained(self.store, Path(folder), tokenizer)
+        self.channel.barrier()
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the trained weights by name, for example with those of the best step."""
+        self.store.load(tensors)
+
+    def close(self) -> None:
+        """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self.channel.close()
+        leave_world()
+
+    def _scheduled(self) -> tuple[float, float]:
+        config, step = self.config, self.steps_done
+        total = config.total_steps or step + 1
+        lr = scheduled(
+            config.lr,
+            config.lr_schedule,
+            step,
+            total,
+            warmup_steps=config.warmup_steps,
+            final_ratio=config.final_ratio,
+        )
+        eps = scheduled(config.eps, config.eps_schedule, step, total, final_ratio=config.final_ratio)
+        return lr, eps
+
+    def _gathered_losses(self, units: Sequence[Batch], plan: Sequence[Probe], step: int, eps: float) -> Tensor:
+        """fp64 [units of all ranks, probes, examples]."""
+        seed = step_seed(self.config.run_seed, step)
+        displacements = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
+        mine = [self._evaluator.losses(unit, displacements) for unit in units]
+        shape = torch.tensor([len(mine), *(mine[0].shape if mine else (0, 0))])
+        shapes = {tuple(other.tolist()) for other in self.channel.all_gather(shape)}
+        if len(shapes) > 1 or any(unit.shape != mine[0].shape for unit in mine):
+            raise PeerError(
+                "units of work differ in size",
+                where=f"rank {self.channel.rank}, step {step}",
+                why=f"(units, probes, examples) of the ranks: {sorted(shapes)}; here {[unit.shape[1] for unit in mine]}",
+                remedy="give every rank as many micro-batches of the same number of examples (drop_last=True)",
+            )
+        return interleave(self.channel.all_gather(torch.stack(mine)))
+
+    def _update(self, step: int, found: Verdict, lr: float) -> Update:
+        if found.skip is not None:
+            return Update(step, ())
+        terms = tuple(Term(step, i, float(c)) for i, c in enumerate(found.coefficients))
+        return Update(step, terms, lr * self.config.weight_decay)
+
+    def _agree(self, record: StepRecord) -> None:
+        update = record.update
+        payload = struct.pack("<qd?", update.step, update.decay, record.skip is None)
+        payload += b"".join(struct.pack("<qqf", t.step, t.direction, t.coefficient) for t in update.terms)
+        agree(self.channel, payload, f"step {update.step}")
+
+    def _commit(self, record: StepRecord) -> None:
+        failure: ZODSError | None = None
+        try:
+            if self._journal is not None:
+                self._journal.append(record)
+        except ZODSError as error:
+            failure = error
+        # Nobody applies a step before its record is on disk.
+        votes = self.channel.all_gather(torch.tensor([failure is None]))
+        if failure is not None:
+            raise failure
+        if not all(bool(vote) for vote in votes):
+            raise PeerError("rank 0 could not write the journal", where=f"step {record.step}", remedy="see its log")
+
+    def _watch_skips(self, found: Verdict, losses: Tensor, plan: Sequence[Probe]) -> None:
+        self._skips = [*self._skips, found.skip] if found.skip is not None else []
+        if len(self._skips) < self.config.max_consecutive_skips:
+            return
+        raise NonFiniteError(
+            f"the last {len(self._skips)} steps were all skipped",
+            where=f"step {self.steps_done - 1}",
+            why=f"{self._skips[-1].value}: {_diagnosis(losses, plan)}",
+            remedy=_REMEDIES[self._skips[-1]],
+        )
+
+
+_REMEDIES = {
+    SkipReason.NON_FINITE: "lower eps, use float32 or bfloat16 instead of float16, and look at the examples of these steps",
+    SkipReason.ZERO_SPREAD: "raise eps, use more examples a step, or an objective that is not constant (accuracy often is)",
+    SkipReason.COEFFICIENT_CAP: "lower lr, or raise coefficient_cap if such a step is wanted",
+}
+
+
+def _diagnosis(losses: Tensor, plan: Sequence[Probe]) -> str:
+    bad = ~losses.isfinite()
+    if not bool(bad.any()):
+        flat = losses.mean(dim=(0, 2))
+        return f"losses between {float(flat.min()):.6g} and {float(flat.max()):.6g}"
+    at = [i for i in range(len(plan)) if bool(bad[:, i].any())]
+    which = (
+        "every evaluation, the unperturbed one too" if len(at) == len(plan) else f"{len(at)} of {len(plan)} evaluations"
+    )
+    return f"non-finite in {which}, for {int(bad.any(dim=1).sum())} of {bad.shape[0] * bad.shape[2]} examples"
+
+
+def decays(config: ZerothOrderConfig) -> bool:
+    """Whether a schedule needs to know the length of the run."""
+    return config.lr_schedule is not Schedule.CONSTANT or config.eps_schedule is not Schedule.CONSTANT

@@ -1,0 +1,110 @@
+"""`zo_ds.initialize`: from a model and a configuration to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from zo_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from zo_ds.config.load import validate
+from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
+from zo_ds.engine.engine import ZOEngine, decays
+from zo_ds.errors import ConfigError
+from zo_ds.forward.perturber import Perturber
+from zo_ds.forward.sequential import LossFunction, SequentialEvaluator, model_loss
+from zo_ds.parallel.channel import Channel, open_channel
+from zo_ds.parallel.world import enter_world_of_one
+from zo_ds.stores.base import WeightStore, trainable_parameters
+from zo_ds.stores.resident import ResidentStore
+from zo_ds.stores.zero3 import Zero3Store, partition
+
+DEFAULT_TIMEOUT_S = 600.0
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def initialize(
+    model: nn.Module,
+    config: ZOConfig | Mapping[str, Any] | str | Path,
+    *,
+    loss_fn: LossFunction | None = None,
+    channel: Channel | None = None,
+) -> ZOEngine:
+    """Hand a model to DeepSpeed and get a zeroth-order engine for it.
+
+    Args:
+        model: any module; what requires a gradient is trained. It is changed in place (evaluation mode, dtype,
+            sharding).
+        config: a DeepSpeed configuration (mapping or path of the JSON) with a ``zeroth_order`` block, or a `ZOConfig`.
+            ``bf16`` / ``fp16`` in it choose the dtype of the matrices.
+        loss_fn: (model, batch) -> per-example losses or a scalar, differentiable or not; the model's own ``.loss``
+            if None.
+        channel: to the other ranks; opened from the launcher's environment if None.
+
+    Raises:
+        ConfigError: the configuration is refused.
+        MachineError, PeerError: the ranks cannot be joined.
+    """
+    zeroth_order, tree, sizes, timeout = _split(config)
+    if decays(zeroth_order) and zeroth_order.total_steps is None:
+        raise ConfigError(
+            "a decaying schedule needs the length of the run",
+            where="zeroth_order.total_steps",
+            remedy="set zeroth_order.total_steps, or the schedules to constant",
+        )
+    _cast(model, tree)
+    channel = channel or open_channel(timeout)
+    resolved = resolve_deepspeed(tree, batch_size=sizes[0], micro_batch_size=sizes[1], world_size=channel.world_size)
+    enter_world_of_one()
+    store, engine = _open_store(model, resolved, zeroth_order)
+    perturber = Perturber(model, store.parameters, store.structure)
+    half = {info.dtype for info in store.parameters.values()} - {torch.float32}
+    evaluator = SequentialEvaluator(model, perturber, loss_fn or model_loss, next(iter(half), None))
+    return ZOEngine(zeroth_order, store, evaluator, channel, engine)
+
+
+def _split(
+    config: ZOConfig | Mapping[str, Any] | str | Path,
+) -> tuple[ZerothOrderConfig, dict[str, Any], tuple[int | None, int | None], float]:
+    if isinstance(config, ZOConfig):
+        sizes = (config.training.batch_size, config.training.micro_batch_size)
+        zeroth_order = config.zeroth_order
+        if zeroth_order.total_steps is None:
+            zeroth_order = zeroth_order.model_copy(update={"total_steps": config.training.steps})
+        return zeroth_order, read_deepspeed(config.deepspeed), sizes, config.parallel.timeout_s
+    tree = read_deepspeed(config)
+    where = str(config) if isinstance(config, (str, Path)) else "config"
+    if "zeroth_order" not in tree:
+        raise ConfigError(
+            "the DeepSpeed configuration has no 'zeroth_order' block",
+            where=where,
+            remedy='add one, for example "zeroth_order": {"estimator": "fzoo", "lr": 1e-4}',
+        )
+    zeroth_order = validate(ZerothOrderConfig, tree["zeroth_order"], where=f"{where}: zeroth_order")
+    return zeroth_order, tree, (None, None), DEFAULT_TIMEOUT_S
+
+
+def _cast(model: nn.Module, tree: Mapping[str, Any]) -> None:
+    for key, dtype in _DTYPES.items():
+        if (tree.get(key) or {}).get("enabled") is True:
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and parameter.dim() >= 2:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def _open_store(
+    model: nn.Module, resolved: dict[str, Any], config: ZerothOrderConfig
+) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
+    parameters = trainable_parameters(model)
+    sharded = resolved["zero_optimization"]["stage"] == 3
+    if sharded:
+        partition(model, resolved)
+    engine, *_ = deepspeed.initialize(model=model, config=resolved)
+    engine.eval()
+    if sharded:
+        return Zero3Store(model, parameters, config.noise), engine
+    return ResidentStore(model, parameters, config.noise), engine

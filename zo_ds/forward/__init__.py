@@ -1,0 +1,1 @@
+"""Losses of a model under perturbed weights."""

@@ -1,0 +1,117 @@
+"""Directions u_i as the update and the forward meet them: scaled, for any slice of a parameter, dense or factored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from zo_ds.maths import noise
+
+CHUNK = 256 * noise.TILE
+"""Elements worked on at a time: what fits the second-level cache in fp32."""
+
+
+class NoiseStructure(str, Enum):
+    """``dense``: independent signs. ``factored``: a matrix of signs ``a b^T``; vectors stay dense."""
+
+    DENSE = "dense"
+    FACTORED = "factored"
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What the noise and the journal know of a parameter.
+
+    Attributes:
+        name: canonical name in the base model; tied parameters share the first one.
+        shape: of the whole, unsharded parameter.
+        dtype: how the weights are held.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def param_id(self) -> int:
+        """The parameter's word of the noise counter."""
+        return noise.param_id(self.name)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the whole parameter."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def is_matrix(self) -> bool:
+        """True if weight decay applies and noise may be factored: two dimensions or more."""
+        return len(self.shape) >= 2
+
+
+def chunks(start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut elements ``start .. start + count - 1`` at multiples of `CHUNK`; yields (start, count)."""
+    end = start + count
+    while start < end:
+        stop = min(end, (start // CHUNK + 1) * CHUNK)
+        yield start, stop - start
+        start = stop
+
+
+def scaled_signs(
+    param: ParamInfo,
+    structure: NoiseStructure,
+    seed: int,
+    directions: Sequence[int],
+    scales: Sequence[float],
+    start: int,
+    count: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """``scale_i * u_i`` of elements ``start .. start + count - 1``, one fp32 [count] tensor for each direction in order.
+
+    Args:
+        param: whose elements.
+        structure: how the directions are built.
+        seed: step seed.
+        directions, scales: N of each; a scale is rounded to fp32, and multiplying it by a sign is exact.
+        start, count: a slice of the whole parameter, in elements.
+    """
+    if structure is NoiseStructure.FACTORED and param.is_matrix:
+        yield from _factored(param, seed, directions, scales, start, count, device)
+        return
+    first = start // noise.TILE
+    tiles = -(-(start + count) // noise.TILE) - first
+    packed = noise.sign_bytes(seed, param.param_id, directions, first, tiles, device=device)
+    table = noise.sign_table(device)
+    for row, scale in enumerate(scales):
+        yield (table * scale).index_select(0, packed[row]).view(-1).narrow(0, start - first * noise.TILE, count)
+
+
+def _factored(
+    param: ParamInfo,
+    seed: int,
+    directions: Sequence[int],
+    scales: Sequence[float],
+    start: int,
+    count: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    columns = param.numel // param.shape[0]
+    first_row, last_row = start // columns, (start + count - 1) // columns
+    for direction, scale in zip(directions, scales, strict=True):
+        left = noise.signs(
+            seed,
+            param.param_id,
+            direction,
+            first_row,
+            last_row - first_row + 1,
+            stream=noise.Stream.LEFT,
+            device=device,
+        )
+        right = noise.signs(seed, param.param_id, direction, 0, columns, stream=noise.Stream.RIGHT, device=device)
+        rows = torch.outer(left * scale, right)
+        yield rows.view(-1).narrow(0, start - first_row * columns, count)

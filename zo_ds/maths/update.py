@@ -1,0 +1,156 @@
+"""Perturbation and update, version 1: theta + eps*u, and theta <- round(theta*(1 - decay) - sum_i c_i u_i).
+
+Both work on a slice of a parameter, accumulate in fp32 in the order of the terms and round once, so that neither
+shards, devices nor chunks change a bit. Products are signs times scalars, which are exact: no fused multiply-add can
+make a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from zo_ds.maths import noise
+from zo_ds.maths.directions import NoiseStructure, ParamInfo, chunks, scaled_signs
+
+UPDATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Term:
+    """One direction of an update: subtract ``coefficient * u``.
+
+    Attributes:
+        step: the step whose noise the direction comes from (older steps serve momentum over past directions).
+        direction: its number in that step.
+        coefficient: in weight units, an fp32 value.
+    """
+
+    step: int
+    direction: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that changes theta in one step, identical on every replica.
+
+    Attributes:
+        step: keys the bits of stochastic rounding.
+        terms: subtracted in this order.
+        decay: lr * weight_decay, applied to matrices (two dimensions or more) only: norm weights and biases are not
+            pulled towards zero.
+    """
+
+    step: int
+    terms: tuple[Term, ...]
+    decay: float = 0.0
+
+
+def perturb(
+    theta: Tensor,
+    param: ParamInfo,
+    structure: NoiseStructure,
+    seed: int,
+    direction: int,
+    eps: float,
+    start: int = 0,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``theta + eps * u`` of a slice, out of place, rounded to nearest in theta's dtype.
+
+    Args:
+        theta: contiguous slice of a parameter, any shape, fp32 / bf16 / fp16.
+        param: the whole parameter.
+        seed: step seed.
+        eps: radius, signed (two-sided estimators evaluate at -eps too).
+        start: index of theta's first element in the whole parameter.
+        out: where to write, contiguous and of theta's shape and dtype; made anew if None.
+    """
+    out = torch.empty_like(theta) if out is None else out
+    flat_in, flat_out = theta.view(-1), out.view(-1)
+    for at, count in chunks(start, theta.numel()):
+        (noise_chunk,) = scaled_signs(param, structure, seed, [direction], [eps], at, count, theta.device)
+        source = flat_in.narrow(0, at - start, count)
+        target = flat_out.narrow(0, at - start, count)
+        if theta.dtype == torch.float32:
+            torch.add(source, noise_chunk, out=target)
+        else:
+            target.copy_(noise_chunk.add_(source))
+    return out
+
+
+def apply_update_(
+    theta: Tensor, param: ParamInfo, structure: NoiseStructure, run_seed: int, update: Update, start: int = 0
+) -> None:
+    """Apply one update in place to a slice of a parameter.
+
+    Args:
+        theta: contiguous slice of a parameter, fp32 (rounded to nearest) or bf16 / fp16 (stochastic rounding).
+        param: the whole parameter.
+        run_seed: with the steps of the terms it gives the noise.
+        start: index of theta's first element in the whole parameter.
+    """
+    flat = theta.view(-1)
+    shrink = torch.tensor(1.0 - update.decay if param.is_matrix else 1.0, dtype=torch.float32).item()
+    for at, count in chunks(start, flat.numel()):
+        piece = flat.narrow(0, at - start, count)
+        total = piece.to(torch.float32, copy=True)
+        if shrink != 1.0:
+            total.mul_(shrink)
+        for step, group in groupby(update.terms, key=lambda term: term.step):
+            terms = list(group)
+            seed = noise.step_seed(run_seed, step)
+            numbers, scales = [t.direction for t in terms], [t.coefficient for t in terms]
+            for scaled in scaled_signs(param, structure, seed, numbers, scales, at, count, theta.device):
+                total.sub_(scaled)
+        if theta.dtype == torch.float32:
+            piece.copy_(total)
+        else:
+            seed = noise.step_seed(run_seed, update.step)
+            bits = noise.rounding_bits(seed, param.param_id, at, count, device=theta.device)
+            piece.copy_(round_stochastically(total, theta.dtype, bits))
+
+
+def apply_updates_(
+    theta: Tensor, param: ParamInfo, structure: NoiseStructure, run_seed: int, updates: Sequence[Update], start: int = 0
+) -> None:
+    """Apply several updates in order, each with its own rounding: equal to as many calls of `apply_update_`."""
+    for update in updates:
+        apply_update_(theta, param, structure, run_seed, update, start)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round fp32 to a 16-bit format, up in magnitude with the probability of the fraction that is cut off.
+
+    The fraction is taken to 16 binary places and compared with 16 random bits: exact for normal numbers of both
+    formats, short by less than 2**-16 of a unit for fp16 subnormals. Infinities and NaNs pass through.
+
+    Args:
+        values: fp32, any shape.
+        dtype: torch.bfloat16 or torch.float16.
+        bits: int32 of the same shape, 0..65535, see `noise.rounding_bits`.
+
+    Raises:
+        ValueError: dtype is another format.
+    """
+    if dtype == torch.bfloat16:
+        rounded = ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32)
+    elif dtype == torch.float16:
+        rounded = ((values.view(torch.int32) + (bits >> 3)) & -0x2000).view(torch.float32)
+        rounded = torch.where(values.abs() < 2.0**-14, _round_subnormal_half(values, bits), rounded)
+    else:
+        raise ValueError(f"stochastic rounding is defined for bfloat16 and float16, not {dtype}")
+    return torch.where(values.isfinite(), rounded, values).to(dtype)
+
+
+def _round_subnormal_half(values: Tensor, bits: Tensor) -> Tensor:
+    units = values.abs() * 2.0**24
+    whole = units.floor()
+    up = ((units - whole) * 65536.0).floor() + bits >= 65536.0
+    return torch.copysign((whole + up) * 2.0**-24, values)

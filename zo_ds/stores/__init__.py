@@ -1,0 +1,1 @@
+"""Who holds theta: resident tensors or ZeRO-3 shards, behind one protocol."""

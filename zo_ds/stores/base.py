@@ -1,0 +1,131 @@
+"""The protocol of a weight store, and what every store does alike."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from zo_ds.errors import ConfigError
+from zo_ds.maths.directions import NoiseStructure, ParamInfo
+from zo_ds.maths.update import Update, apply_update_
+
+
+def trainable_parameters(model: nn.Module) -> dict[nn.Parameter, ParamInfo]:
+    """The parameters a run changes, in the model's order; tied ones once, under their first name.
+
+    Trainable vectors (norm weights, biases) held in 16 bits are turned to fp32 in place: at their size an update
+    would be lost in rounding, and they are less than a thousandth of a model.
+
+    Raises:
+        ConfigError: nothing requires a gradient, a parameter is not a floating-point tensor, or two names give the
+            same parameter id.
+    """
+    infos: dict[nn.Parameter, ParamInfo] = {}
+    ids: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"cannot train a parameter of dtype {parameter.dtype}",
+                where=name,
+                remedy="load the model in float32, bfloat16 or float16, or freeze it (requires_grad_(False))",
+            )
+        if parameter.dim() < 2 and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+        info = ParamInfo(name, tuple(parameter.shape), parameter.dtype)
+        if info.param_id in ids:
+            raise ConfigError(
+                f"parameters '{ids[info.param_id]}' and '{name}' share the noise id {info.param_id}",
+                where=name,
+                why="the id is 32 bits of a hash of the name, and two directions must never be the same",
+                remedy="rename one of the modules",
+            )
+        ids[info.param_id] = name
+        infos[parameter] = info
+    if not infos:
+        raise ConfigError(
+            "the model has no trainable parameters", where="model", remedy="call requires_grad_(True) on some"
+        )
+    return infos
+
+
+class WeightStore(ABC):
+    """Holds theta, or this rank's shard of it.
+
+    Args:
+        module: the model.
+        parameters: what is trained, see `trainable_parameters`.
+        structure: how directions are built.
+    """
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[nn.Parameter, ParamInfo], structure: NoiseStructure
+    ) -> None:
+        self.module = module
+        self.parameters = dict(parameters)
+        self.structure = structure
+
+    @abstractmethod
+    def local_shard(self, parameter: nn.Parameter) -> AbstractContextManager[tuple[int, Tensor]]:
+        """This rank's part of a parameter: (index of its first element, flat tensor that may be written)."""
+
+    @abstractmethod
+    def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:
+        """The whole parameter, to be read only."""
+
+    def apply(self, run_seed: int, update: Update) -> None:
+        """Apply an update to all that this rank holds."""
+        for parameter, info in self.parameters.items():
+            with self.local_shard(parameter) as (start, flat):
+                apply_update_(flat, info, self.structure, run_seed, update, start)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite trainable parameters by name.
+
+        Args:
+            tensors: whole parameters; names that are not trained are ignored.
+
+        Raises:
+            KeyError: a trained parameter is missing.
+        """
+        for parameter, info in self.parameters.items():
+            with self.local_shard(parameter) as (start, flat):
+                flat.copy_(tensors[info.name].view(-1).narrow(0, start, flat.numel()))
+
+    def state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """Every entry of the model's state dict as a whole tensor on the CPU, frozen ones and buffers included."""
+        by_name = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if name in by_name:
+                with self.whole(by_name[name]) as tensor:
+                    yield name, tensor.detach().to("cpu", copy=True)
+            else:
+                yield name, value.detach().to("cpu", copy=True)
+
+    def digest(self) -> str:
+        """SHA-256 of the trained weights, see `weights_sha256`."""
+        return weights_sha256(self._trained())
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        for parameter, info in self.parameters.items():
+            with self.whole(parameter) as tensor:
+                yield info.name, tensor
+
+
+def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and little-endian bytes, in the order given.
+
+    Args:
+        tensors: (name, tensor) pairs; a run's weights come in the model's parameter order.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
