@@ -26,7 +26,7 @@ _HOMES = {
     "ZODSError": "zo_ds.errors",
 }
 
-__all__ = ["StepOutput", "ZODSError", "ZOConfig", "ZOEngine", "ZerothOrderConfig", "__version__", "initialize"]
+__all__ = ["StepOutput", "ZOConfig", "ZODSError", "ZOEngine", "ZerothOrderConfig", "__version__", "initialize"]
 
 
 def __getattr__(name: str) -> Any:

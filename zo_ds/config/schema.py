@@ -52,6 +52,8 @@ class DataConfig(Section):
     """Use only the first so many rows of test.jsonl."""
     balanced: bool = True
     """Draw as many examples of every class into each batch (the batch must be divisible by the classes)."""
+    group_by_length: bool = True
+    """Put texts of like length into one batch, so that little is spent on padding."""
     seed: int = 0
     """Order of the examples: a batch is a pure function of this and the step."""
 

@@ -195,7 +195,7 @@ class ZOEngine:
             raise PeerError(
                 "units of work differ in size",
                 where=f"rank {self.channel.rank}, step {step}",
-                why=f"(units, probes, examples) of the ranks: {sorted(shapes)}; here {[unit.shape[1] for unit in mine]}",
+                why=f"(units, probes, examples) by rank: {sorted(shapes)}; here {[unit.shape[1] for unit in mine]}",
                 remedy="give every rank as many micro-batches of the same number of examples (drop_last=True)",
             )
         return interleave(self.channel.all_gather(torch.stack(mine)))
@@ -239,8 +239,8 @@ class ZOEngine:
 
 
 _REMEDIES = {
-    SkipReason.NON_FINITE: "lower eps, use float32 or bfloat16 instead of float16, and look at the examples of these steps",
-    SkipReason.ZERO_SPREAD: "raise eps, use more examples a step, or an objective that is not constant (accuracy often is)",
+    SkipReason.NON_FINITE: "lower eps, use float32 or bfloat16 instead of float16, look at the examples of these steps",
+    SkipReason.ZERO_SPREAD: "raise eps, use more examples a step, or an objective that moves (accuracy often does not)",
     SkipReason.COEFFICIENT_CAP: "lower lr, or raise coefficient_cap if such a step is wanted",
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
 from zo_ds.maths.update import perturb
 
@@ -55,7 +56,7 @@ class Perturber:
         self._originals: dict[nn.Parameter, Tensor] = {}
         self._depth: dict[nn.Parameter, int] = {}
         self._scratch: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._guests: dict[nn.Module, dict[nn.Parameter, None]] = {}
+        self._guests: dict[nn.Module | None, dict[nn.Parameter, None]] = {}
         self._module = module
         for child in module.modules():
             child.register_forward_pre_hook(self._enter)
@@ -66,6 +67,10 @@ class Perturber:
         """Within this context the model runs at the displaced weights; None means at theta itself."""
         self._displacement = displacement
         try:
+            if displacement is not None:
+                for parameter in self._guests.get(None, {}):
+                    self._depth[parameter] = 1
+                    self._show(parameter, displacement)
             yield
         finally:
             self._displacement = None
@@ -77,8 +82,9 @@ class Perturber:
     def survey(self, forward: Callable[[], Any]) -> None:
         """Find parameters that are used while their own module does not run (a parent reads its child's weight).
 
-        Such a parameter is perturbed for as long as the innermost module that runs at that time. Weights may be
-        shared by several modules: any of them counts as its own.
+        Such a parameter is perturbed for as long as the innermost module that runs at that time, or throughout if
+        none does (a loss function reads a weight). Weights may be shared by several modules: any of them counts as
+        its own.
 
         Args:
             forward: runs the model once at theta.
@@ -86,10 +92,10 @@ class Perturber:
         running: list[nn.Module] = []
 
         def note(parameter: nn.Parameter) -> None:
-            if parameter not in self._infos or not running:
+            if parameter not in self._infos:
                 return
             if not any(parameter is own for module in running for own in _own_parameters(module)):
-                self._guests.setdefault(running[-1], {})[parameter] = None
+                self._guests.setdefault(running[-1] if running else None, {})[parameter] = None
 
         # Outside DeepSpeed's hooks, which handle a module's parameters before and after it runs.
         hooks = [
@@ -126,7 +132,12 @@ class Perturber:
         out = shelf.pop() if shelf else torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         info = self._infos[parameter]
         if theta.shape != info.shape:
-            raise RuntimeError(f"'{info.name}' is not gathered where it is used: shape {tuple(theta.shape)}")
+            raise ConfigError(
+                f"'{info.name}' is not gathered where it is used",
+                where="loss_fn or a module's forward",
+                why="ZeRO-3 gathers a parameter for the forward of its module, and only then",
+                remedy="call the module instead of reading its weight, or use ZeRO stage 0",
+            )
         perturb(
             theta.contiguous(),
             info,

@@ -71,14 +71,17 @@ def scaled_signs(
     count: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """``scale_i * u_i`` of elements ``start .. start + count - 1``, one fp32 [count] tensor for each direction in order.
+    """``scale_i * u_i`` of a slice, one fp32 [count] tensor for each direction in order.
 
     Args:
         param: whose elements.
         structure: how the directions are built.
         seed: step seed.
-        directions, scales: N of each; a scale is rounded to fp32, and multiplying it by a sign is exact.
-        start, count: a slice of the whole parameter, in elements.
+        directions: N numbers.
+        scales: N factors; each is rounded to fp32, and multiplying it by a sign is exact.
+        start: first element of the slice in the whole parameter.
+        count: elements of the slice.
+        device: where the result is wanted.
     """
     if structure is NoiseStructure.FACTORED and param.is_matrix:
         yield from _factored(param, seed, directions, scales, start, count, device)

@@ -146,7 +146,7 @@ def _fzoo(losses: Tensor, spec: EstimatorSpec, lr: float, eps: float, spread: fl
 
 
 def _mezo(losses: Tensor, spec: EstimatorSpec, lr: float, eps: float, spread: float) -> Tensor:
-    up, down = losses.view(2, spec.num_directions)
+    up, down = losses[: spec.num_directions], losses[spec.num_directions :]
     return (up - down) * (lr / (2.0 * eps * spec.num_directions))
 
 

@@ -57,13 +57,16 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tup
     """Philox4x32-10 of broadcastable counter words.
 
     Args:
-        c0, c1, c2, c3: int64 tensors with values in [0, 2**32).
+        c0: counter word 0, like the others an int64 tensor with values in [0, 2**32).
+        c1: counter word 1.
+        c2: counter word 2.
+        c3: counter word 3.
         seed: 64-bit key.
 
     Returns:
         The four output words as int64 tensors with values in [0, 2**32).
     """
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    shape = (c0 | c1 | c2 | c3).shape
     x0, x1, x2, x3 = (word.expand(shape).clone(memory_format=torch.contiguous_format) for word in (c0, c1, c2, c3))
     p0, p1 = torch.empty_like(x0), torch.empty_like(x0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -110,6 +113,8 @@ def sign_bytes(
         directions: direction numbers, N of them.
         first_tile: index of the first tile; element ``first_tile * TILE`` comes first.
         tiles: how many tiles.
+        stream: which of the independent streams.
+        device: where the result is wanted, the CPU if None.
 
     Returns:
         int32 [N, tiles * 512] with values 0..255; bit b of byte k is the sign of element ``8 * k + b``, 1 meaning -1.

@@ -21,6 +21,7 @@ def scheduled(
 
     Args:
         peak: value reached at the end of warm-up.
+        schedule: shape after warm-up.
         step: 0-based.
         total_steps: length of the run; the decay ends on its last step.
         warmup_steps: steps of linear rise; step 0 already takes ``peak / (warmup_steps + 1)``, since a zero

@@ -67,7 +67,9 @@ def perturb(
     Args:
         theta: contiguous slice of a parameter, any shape, fp32 / bf16 / fp16.
         param: the whole parameter.
+        structure: how directions are built.
         seed: step seed.
+        direction: number of the direction.
         eps: radius, signed (two-sided estimators evaluate at -eps too).
         start: index of theta's first element in the whole parameter.
         out: where to write, contiguous and of theta's shape and dtype; made anew if None.
@@ -93,7 +95,9 @@ def apply_update_(
     Args:
         theta: contiguous slice of a parameter, fp32 (rounded to nearest) or bf16 / fp16 (stochastic rounding).
         param: the whole parameter.
+        structure: how directions are built.
         run_seed: with the steps of the terms it gives the noise.
+        update: what to apply.
         start: index of theta's first element in the whole parameter.
     """
     flat = theta.view(-1)

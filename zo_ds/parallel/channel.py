@@ -177,6 +177,6 @@ def agree(channel: Channel, payload: bytes, what: str) -> None:
         raise PeerError(
             f"ranks disagree on {what}",
             where=f"ranks {', '.join(map(str, apart))} differ from rank 0",
-            why="replicas must compute identical scalars; different hardware, library versions, threads or data do this",
-            remedy="compare env.json of the ranks; nothing was applied, and the journal holds every agreed step",
+            why="replicas must compute identical scalars; other hardware, libraries, threads or data break that",
+            remedy="make the ranks alike; nothing was applied, and the journal holds every agreed step",
         )

@@ -73,7 +73,7 @@ class WeightStore(ABC):
 
     @abstractmethod
     def local_shard(self, parameter: nn.Parameter) -> AbstractContextManager[tuple[int, Tensor]]:
-        """This rank's part of a parameter: (index of its first element, flat tensor that may be written)."""
+        """The part of a parameter that this rank holds: (index of its first element, flat tensor to be written)."""
 
     @abstractmethod
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:

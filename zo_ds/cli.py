@@ -1,0 +1,118 @@
+"""The `zo_ds` command. Commands parse and print; the work is done in `zo_ds.trainer`, imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zo_ds.errors import ZODSError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Forward-only fine-tuning on DeepSpeed.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=100")]
+LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Overrides = None,
+    local_rank: LocalRank = 0,
+) -> None:
+    """Run a recipe. The last line printed is the run directory."""
+    _prepare_process()
+    from zo_ds.config.load import load_config
+    from zo_ds.trainer.train import train as run
+
+    recipe = load_config(config, overrides or [])
+    path = run(recipe, config.read_text(encoding="utf-8"), list(overrides or []))
+    if path is not None:
+        print(path)
+
+
+@app.command()
+def prepare(config: Annotated[Path, typer.Argument(help="Recipe (YAML).")], overrides: Overrides = None) -> None:
+    """Fetch and convert the model and data of a recipe into the cache, so that training needs no network."""
+    _prepare_process()
+    from zo_ds.config.load import load_config
+    from zo_ds.data.examples import data_folder
+    from zo_ds.models.load import model_source
+
+    recipe = load_config(config, overrides or [])
+    print(f"model: {model_source(recipe.model.path)}")
+    print(f"data:  {data_folder(recipe.data.path)}")
+
+
+@app.command(name="eval")
+def evaluate(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Score the model that a run kept on its test set; prints JSON."""
+    _prepare_process()
+    from zo_ds.trainer.report import start_logging
+    from zo_ds.trainer.revisit import evaluate_run
+
+    start_logging(0, stream=sys.stderr)
+    _print_json(evaluate_run(run))
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    steps: Annotated[int | None, typer.Option(help="How many steps; default: those of the kept model.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the model to this folder.")] = None,
+) -> None:
+    """Rebuild a run's weights from its base model and journal, bit for bit; prints JSON."""
+    _prepare_process()
+    from zo_ds.trainer.report import start_logging
+    from zo_ds.trainer.revisit import replay_run
+
+    start_logging(0, stream=sys.stderr)
+    _print_json(replay_run(run, steps, save))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        import zo_ds
+
+        print(zo_ds.__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a zo_ds error ends the process with its own exit code and its message on stderr."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        app(args=arguments)
+    except ZODSError as error:
+        print(f"zo_ds{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def finetune() -> None:
+    """Entry of launch/finetune.py: `--config RECIPE key=value ...`, as launcher scripts are used to."""
+    arguments = [item for item in sys.argv[1:] if item != "--config"]
+    arguments = [item.removeprefix("--config=") for item in arguments]
+    main(["train", *arguments])
+
+
+def _prepare_process() -> None:
+    import torch
+
+    # Before DeepSpeed is imported: without this it probes for accelerators and warns about each.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _print_json(tree: dict[str, Any]) -> None:
+    print(json.dumps(tree, indent=2))

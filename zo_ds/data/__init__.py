@@ -1,0 +1,1 @@
+"""Data sets by name, and the rows they are read as."""

@@ -1,0 +1,72 @@
+"""Accuracy and loss of the current weights, shared out over ranks, the same result on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zo_ds.data.examples import Example
+from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.units import units_of_rank
+from zo_ds.tasks.scoring import Batch, Scorer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's score on some examples.
+
+    Attributes:
+        accuracy: share of examples whose best class is right, 0..1.
+        loss: mean cross-entropy.
+        examples: how many.
+    """
+
+    accuracy: float
+    loss: float
+    examples: int
+
+    def better_than(self, other: Evaluation | None) -> bool:
+        """Higher accuracy, or the same with a lower loss."""
+        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+def evaluate(
+    score: Callable[[Callable[[nn.Module, Batch], Tensor], Batch], Tensor],
+    scorer: Scorer,
+    examples: Sequence[Example],
+    batch_size: int,
+    channel: Channel,
+) -> Evaluation:
+    """Score examples at the current weights.
+
+    Sorted by length into batches, so that little is spent on padding; batch number b is scored by rank b mod ranks.
+
+    Args:
+        score: runs a function of (model, batch) without gradients, e.g. `ZOEngine.call`.
+        scorer: gives class scores.
+        examples: one or more.
+        batch_size: examples in one forward pass.
+        channel: to the other ranks.
+    """
+    order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    found = torch.zeros(len(examples), 2, dtype=torch.float64)
+    for number in units_of_rank(len(batches), channel.rank, channel.world_size):
+        batch = scorer.encode([examples[index] for index in batches[number]])
+        found[batches[number]] = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
+    # Every row is written by one rank and zero on the others.
+    total = torch.stack(channel.all_gather(found)).sum(0)
+    right, loss = (float(value) for value in total.mean(0))
+    return Evaluation(right, loss, len(examples))
+
+
+def _graded(scorer: Scorer, model: nn.Module, batch: Batch) -> Tensor:
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    scores = scorer.scores(model, batch)
+    right = scores.argmax(-1) == batch["labels"]
+    loss = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
+    return torch.stack((right.double(), loss.double()), dim=1).cpu()

