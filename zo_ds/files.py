@@ -58,12 +58,16 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
+        if retired.exists() and not path.exists():
+            os.replace(retired, path)
         remove_folder(temporary)
         remove_folder(retired)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
+    if path.is_symlink():
+        path.unlink()
     if not path.is_dir():
         return
     for entry in sorted(path.rglob("*"), reverse=True):

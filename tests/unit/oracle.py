@@ -42,7 +42,8 @@ def step_seed(run_seed: int, step: int) -> int:
 
 def param_id(name: str) -> int:
     """Third counter word."""
-    return struct.unpack("<I", hashlib.sha256(name.encode("utf-8")).digest()[:4])[0]
+    first = hashlib.sha256(name.encode("utf-8")).digest()[:4]
+    return sum(byte << 8 * place for place, byte in enumerate(first))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -75,7 +76,7 @@ def rounding_bits(seed: int, param: int, j: int) -> int:
 def fp32(value: float) -> float:
     """Nearest fp32 number, ties to even; sums and products of two fp32 numbers go through a double unharmed."""
     try:
-        return struct.unpack("<f", struct.pack("<f", value))[0]
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
 

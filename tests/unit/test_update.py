@@ -214,6 +214,8 @@ def test_exact_values_and_specials_stay_for_all_bits(dtype: torch.dtype) -> None
         found = round_stochastically(every.float(), dtype, torch.full((65536,), bits, dtype=torch.int32))
         assert torch.equal(found.isnan(), every.isnan())
         assert torch.equal(bits_of(found)[~every.isnan()], bits_of(every)[~every.isnan()])
+        nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+        assert bool(round_stochastically(nans, dtype, torch.full((4,), bits, dtype=torch.int32)).isnan().all())
 
 
 def test_overflow_goes_to_infinity_and_underflow_to_zero() -> None:

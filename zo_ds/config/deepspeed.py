@@ -78,7 +78,7 @@ def resolve_deepspeed(
     # zo_ds casts the matrices itself and keeps vectors in fp32; DeepSpeed would cast both.
     for key in ("bf16", "fp16", "bfloat16"):
         config.pop(key, None)
-    config["zero_optimization"] = _resolve_zero(config.get("zero_optimization") or {})
+    config["zero_optimization"] = _resolve_zero(block(config, "zero_optimization", "deepspeed"))
     left = [path for path, value in _leaves(config, "deepspeed") if value == "auto"]
     if left:
         raise ConfigError(
@@ -88,6 +88,27 @@ def resolve_deepspeed(
             remedy="give a value or remove the key",
         )
     return config
+
+
+def block(tree: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    """The mapping under a key, empty if there is none.
+
+    Args:
+        tree: part of a DeepSpeed configuration.
+        key: whose value is wanted.
+        path: of the tree, for messages.
+
+    Raises:
+        ConfigError: a plain value stands where a block belongs.
+    """
+    value = tree.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"'{key}' is a block of settings, got {value!r}",
+            where=f"{path}.{key}",
+            remedy="write it as in DeepSpeed's documentation, or remove it",
+        )
+    return value
 
 
 def _resolve_batch(config: dict[str, Any], batch: int | None, micro: int | None, world_size: int) -> None:
@@ -109,7 +130,7 @@ def _resolve_batch(config: dict[str, Any], batch: int | None, micro: int | None,
         "deepspeed.gradient_accumulation_steps",
         _number(config, "gradient_accumulation_steps"),
         "units of work of a rank",
-        units if config.get("train_batch_size") not in (None, "auto") else None,
+        units,
     )
     config["train_micro_batch_size_per_gpu"] = micro
     config["gradient_accumulation_steps"] = units
@@ -183,8 +204,7 @@ def _check_offload(zero: dict[str, Any]) -> None:
             why="a forward-only run has no optimizer states",
             remedy="remove it; offload_param moves the weights",
         )
-    offload = zero.get("offload_param")
-    device = (offload or {}).get("device", "none")
+    device = block(zero, "offload_param", "deepspeed.zero_optimization").get("device", "none")
     if device not in ("none", "cpu"):
         raise ConfigError(
             f"offload_param to {device!r} is not supported",

@@ -126,10 +126,9 @@ def _problem(model: type[BaseModel], item: Any) -> str:
 def _suggestion(model: type[BaseModel], path: Sequence[str]) -> str:
     known = all_keys(model)
     dotted = ".".join(path)
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
-    if not near:
-        # The right name in the wrong section is as common as a misspelling.
-        near = [key for key in known if key.rsplit(".", 1)[-1] == path[-1]][:1]
+    # The right name in the wrong section is as common as a misspelling.
+    near = [key for key in known if key.rsplit(".", 1)[-1] == path[-1]][:1]
+    near = near or difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.errors import NonFiniteError, PeerError, ZODSError
+from zo_ds.errors import DataError, NonFiniteError, PeerError, ZODSError
 from zo_ds.forward.perturber import Displacement
 from zo_ds.forward.sequential import Batch, Result, SequentialEvaluator
 from zo_ds.journal.journal import Journal
@@ -102,12 +102,15 @@ class ZOEngine:
                 the same number of examples; micro-batch number k of rank r is unit k * world_size + r of the step.
 
         Raises:
+            DataError: there is no batch.
             NonFiniteError: the last `max_consecutive_skips` steps were all skipped.
             PeerError: a rank is gone, or ranks computed different scalars.
             MachineError: the journal could not be written; nothing was applied.
         """
         started = time.perf_counter()
         units = batch if isinstance(batch, list) else [batch]
+        if not units:
+            raise DataError("a step needs at least one micro-batch", where="engine.step(batch)")
         step, lr, eps = self.steps_done, *self._scheduled()
         plan = probes(self.config.estimator_spec)
         losses = self._gathered_losses(units, plan, step, eps)
@@ -189,7 +192,7 @@ class ZOEngine:
         seed = step_seed(self.config.run_seed, step)
         displacements = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
         mine = [self._evaluator.losses(unit, displacements) for unit in units]
-        shape = torch.tensor([len(mine), *(mine[0].shape if mine else (0, 0))])
+        shape = torch.tensor([len(mine), *mine[0].shape])
         shapes = {tuple(other.tolist()) for other in self.channel.all_gather(shape)}
         if len(shapes) > 1 or any(unit.shape != mine[0].shape for unit in mine):
             raise PeerError(

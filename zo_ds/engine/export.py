@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zo_ds.errors import MachineError
+from zo_ds.errors import ConfigError, MachineError
 from zo_ds.files import write_folder_atomically
 from zo_ds.stores.base import WeightStore
 
@@ -35,13 +36,22 @@ def save_pretrained(store: WeightStore, folder: Path, tokenizer: Saveable | None
 
     Raises:
         MachineError: the disk refused it; an older model is still whole.
+        ConfigError: the model is an adapter model, whose own names no `from_pretrained` would find.
     """
+    if hasattr(store.module, "peft_config"):
+        raise ConfigError(
+            "this model is a PEFT adapter on a base model",
+            where="engine.save_pretrained",
+            why="its parameter names are those of the wrapper",
+            remedy="save the adapter in its own format: engine.module.save_pretrained(folder)",
+        )
+    folder = folder.absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_folder_atomically(folder, lambda target: _fill(store, target, tokenizer))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MachineError(
-            f"cannot save the model: {error.strerror}",
+            f"cannot save the model: {getattr(error, 'strerror', None) or error}",
             where=str(folder),
             remedy="free some space or choose another folder",
         ) from error

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from zo_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
 from zo_ds.config.load import validate
 from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
@@ -24,7 +24,7 @@ from zo_ds.stores.resident import ResidentStore
 from zo_ds.stores.zero3 import Zero3Store, partition
 
 DEFAULT_TIMEOUT_S = 600.0
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
 
 def initialize(
@@ -62,7 +62,7 @@ def initialize(
     enter_world_of_one()
     store, engine = _open_store(model, resolved, zeroth_order)
     perturber = Perturber(model, store.parameters, store.structure)
-    half = {info.dtype for info in store.parameters.values()} - {torch.float32}
+    half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
     evaluator = SequentialEvaluator(model, perturber, loss_fn or model_loss, next(iter(half), None))
     return ZOEngine(zeroth_order, store, evaluator, channel, engine)
 
@@ -90,7 +90,7 @@ def _split(
 
 def _cast(model: nn.Module, tree: Mapping[str, Any]) -> None:
     for key, dtype in _DTYPES.items():
-        if (tree.get(key) or {}).get("enabled") is True:
+        if block(tree, key, "deepspeed").get("enabled") is True:
             for parameter in model.parameters():
                 if parameter.is_floating_point() and parameter.dim() >= 2:
                     parameter.data = parameter.data.to(dtype)
@@ -99,11 +99,21 @@ def _cast(model: nn.Module, tree: Mapping[str, Any]) -> None:
 def _open_store(
     model: nn.Module, resolved: dict[str, Any], config: ZerothOrderConfig
 ) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(
+                "DeepSpeed cannot hold a parameter without dimensions", where=name, remedy="give it the shape [1]"
+            )
+        parameter.data = parameter.data.contiguous()
     parameters = trainable_parameters(model)
     sharded = resolved["zero_optimization"]["stage"] == 3
     if sharded:
         partition(model, resolved)
     engine, *_ = deepspeed.initialize(model=model, config=resolved)
+    # They pass every input through autograd, which no forward here needs and which changes what a module sees:
+    # `query is key` no longer holds, and attention takes another kernel than with resident weights.
+    for hook in getattr(engine.optimizer, "backward_hooks", []):
+        hook.remove()
     engine.eval()
     if sharded:
         return Zero3Store(model, parameters, config.noise), engine

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 
 class BufferGuard:
-    """Keeps copies of the buffers that a model was seen to change, and of all of them the first time.
+    """Keeps copies of a model's buffers while it runs.
 
     Args:
         module: the model.
@@ -17,23 +18,17 @@ class BufferGuard:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._changing: set[tuple[int, str]] | None = None
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Restore every buffer on leaving, whether it was written in place or replaced."""
         before = [(owner, key, value) for owner in self._module.modules() for key, value in owner._buffers.items()]
-        saved: list[tuple[nn.Module, str, Tensor, Tensor, int]] = [
-            (owner, key, value, value.clone(), value._version)
-            for owner, key, value in before
-            if value is not None and (self._changing is None or (id(owner), key) in self._changing)
-        ]
+        # Version counters would be cheaper, but kernels such as batch_norm write without counting.
+        copies = [None if value is None else value.clone() for _, _, value in before]
         try:
             yield
         finally:
-            for owner, key, value in before:
+            for (owner, key, value), copy in zip(before, copies, strict=True):
                 owner._buffers[key] = value
-            written = [item for item in saved if item[2]._version != item[4]]
-            for _, _, value, copy, _ in written:
-                value.copy_(copy)
-            self._changing = (self._changing or set()) | {(id(owner), key) for owner, key, _, _, _ in written}
+                if value is not None and copy is not None and not torch.equal(value, copy):
+                    value.copy_(copy)

@@ -158,8 +158,15 @@ class Perturber:
             if depth == 1:
                 shown = parameter.data
                 parameter.data = self._originals.pop(parameter)
-                self._scratch[(shown.shape, shown.dtype)].append(shown)
+                # A module may return or keep a view of its weight (learned positions do).
+                if _is_unshared(shown):
+                    self._scratch[(shown.shape, shown.dtype)].append(shown)
             self._depth[parameter] = max(0, depth - 1)
+
+
+def _is_unshared(tensor: Tensor) -> bool:
+    """Whether nothing else refers to a tensor's memory: one reference is the tensor's, one this function's."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

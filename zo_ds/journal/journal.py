@@ -47,7 +47,13 @@ class Journal:
             raise MachineError(
                 f"cannot start a journal: {error.strerror}", where=str(path), remedy="choose another run_dir"
             ) from error
-        self._write(header.to_json())
+        try:
+            self._write(header.to_json())
+        except MachineError:
+            # An empty journal would make the directory look used.
+            os.close(self._handle)
+            path.unlink()
+            raise
         sync_folder(path.parent)
 
     def append(self, record: StepRecord) -> None:
@@ -92,7 +98,10 @@ def _decode(line: bytes, chain: int) -> tuple[dict[str, Any], int] | None:
     chain = zlib.crc32(body, chain)
     if not mark or tail != f'{chain:08x}"}}'.encode():
         return None
-    tree: dict[str, Any] = json.loads(body + b"}")
+    try:
+        tree: dict[str, Any] = json.loads(body + b"}")
+    except ValueError:
+        return None
     return tree, chain
 
 
@@ -116,7 +125,8 @@ def read_journal(path: Path) -> Contents:
     for number, line in enumerate(lines[:-1], start=1):
         decoded = _decode(line, chain)
         if decoded is None:
-            if number == len(lines) - 1 and lines[-1] == b"" and header is not None:
+            # Two checksums in the last line are two records whose line break is damaged, not a torn one.
+            if number == len(lines) - 1 and header is not None and line.count(b'"crc":"') < 2:
                 break
             raise _corrupt(path, number, "its checksum does not continue the chain")
         try:

@@ -145,7 +145,10 @@ def _bits(value: float) -> str:
 
 
 def _unbits(text: str) -> float:
-    (value,) = struct.unpack(">f", bytes.fromhex(text))
+    raw = bytes.fromhex(text)
+    if len(raw) != 4:
+        raise ValueError(f"{len(raw)} bytes are no fp32")
+    (value,) = struct.unpack(">f", raw)
     return float(value)
 
 

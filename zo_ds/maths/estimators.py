@@ -15,12 +15,16 @@ MeZO: arXiv 2305.17333, Algorithm 1, with N directions. zo_sgd: the one-sided es
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+_ROUNDING = 1e-13
+"""A spread below this fraction of the losses is what adding them up in fp64 leaves of a tie."""
 
 
 class Estimator(str, Enum):
@@ -56,6 +60,9 @@ class EstimatorSpec:
         spread_std: divisor of the variance (fzoo).
         spread_floor: the least spread that a step is divided by (fzoo), in loss units.
         coefficient_cap: a step with a larger |c_i| is skipped, in weight units.
+
+    Raises:
+        ValueError: a constant with which no step could be right.
     """
 
     estimator: Estimator = Estimator.FZOO
@@ -63,6 +70,14 @@ class EstimatorSpec:
     spread_std: SpreadStd = SpreadStd.SAMPLE
     spread_floor: float = 1e-8
     coefficient_cap: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse constants with which no step could be right."""
+        least = 4 if self.estimator is Estimator.FZOO else 1
+        if self.num_directions < least:
+            raise ValueError(f"{self.estimator.value} needs {least} or more directions, got {self.num_directions}")
+        if not (self.spread_floor > 0 and self.coefficient_cap > 0):
+            raise ValueError("spread_floor and coefficient_cap are positive")
 
 
 @dataclass(frozen=True)
@@ -128,13 +143,14 @@ def verdict(losses: Tensor, spec: EstimatorSpec, lr: float, eps: float) -> Verdi
 
 def _std(losses: Tensor, convention: SpreadStd) -> float:
     correction = 1 if convention is SpreadStd.SAMPLE and losses.numel() > 1 else 0
-    return float(losses.std(correction=correction))
+    # Relative to one of them, ties are exact zeros; a rounded mean would turn them into a tiny spread.
+    return float((losses - losses[0]).std(correction=correction))
 
 
 def _skip_reason(losses: Tensor, coefficients: Tensor, spread: float, spec: EstimatorSpec) -> SkipReason | None:
-    if not bool(losses.isfinite().all()):
+    if not bool(losses.isfinite().all()) or not math.isfinite(spread):
         return SkipReason.NON_FINITE
-    if spread == 0.0 and spec.estimator is Estimator.FZOO:
+    if spec.estimator is Estimator.FZOO and spread <= _ROUNDING * float(losses.abs().max()):
         return SkipReason.ZERO_SPREAD
     if not bool((coefficients.abs() <= spec.coefficient_cap).all()):
         return SkipReason.COEFFICIENT_CAP

@@ -24,15 +24,16 @@ def scheduled(
         schedule: shape after warm-up.
         step: 0-based.
         total_steps: length of the run; the decay ends on its last step.
-        warmup_steps: steps of linear rise; step 0 already takes ``peak / (warmup_steps + 1)``, since a zero
+        warmup_steps: steps of linear rise, 0 or more; step 0 already takes ``peak / (warmup_steps + 1)``, since a zero
             learning rate would waste the forwards.
-        final_ratio: value on the last step as a fraction of peak (not used by ``constant``).
+        final_ratio: value on the last step as a fraction of peak, if there are steps after warm-up to get there (not
+            used by ``constant``).
 
     Raises:
-        ValueError: step is negative or total_steps is not positive.
+        ValueError: a count is negative, or total_steps is zero.
     """
-    if step < 0 or total_steps <= 0:
-        raise ValueError(f"step {step} of {total_steps}: steps count from 0 and a run has at least one")
+    if step < 0 or warmup_steps < 0 or total_steps <= 0:
+        raise ValueError(f"step {step} of {total_steps} with {warmup_steps} of warm-up: counts are not negative")
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if schedule is Schedule.CONSTANT:

@@ -92,8 +92,12 @@ class WeightStore(ABC):
             tensors: whole parameters; names that are not trained are ignored.
 
         Raises:
-            KeyError: a trained parameter is missing.
+            KeyError: a trained parameter is missing; nothing was written.
+            ValueError: one has another shape; nothing was written.
         """
+        for info in self.parameters.values():
+            if tuple(tensors[info.name].shape) != info.shape:
+                raise ValueError(f"'{info.name}' has shape {tuple(tensors[info.name].shape)}, expected {info.shape}")
         for parameter, info in self.parameters.items():
             with self.local_shard(parameter) as (start, flat):
                 flat.copy_(tensors[info.name].view(-1).narrow(0, start, flat.numel()))

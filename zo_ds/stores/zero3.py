@@ -37,8 +37,7 @@ class Zero3Store(WeightStore):
     def local_shard(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         """The shard without its padding. A gathered copy is dropped first: it would go on showing old weights."""
         sharded: Any = parameter
-        if sharded.ds_status is ZeroParamStatus.AVAILABLE:
-            sharded.partition()
+        _release(sharded)
         shard = sharded.ds_tensor
         start = shard.ds_numel * sharded.ds_zero_partition_rank
         count = max(0, min(shard.ds_numel, sharded.ds_numel - start))
@@ -47,5 +46,13 @@ class Zero3Store(WeightStore):
     @contextmanager
     def whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         """The gathered parameter; every rank of the shard group must come here."""
+        _release(parameter)
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.data
+
+
+def _release(parameter: Any) -> None:
+    """Drop a gathered copy. After a failed forward DeepSpeed believes that modules still use it."""
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+        parameter.ds_active_sub_modules.clear()
+        parameter.partition()
