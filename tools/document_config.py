@@ -40,7 +40,7 @@ def page() -> str:
 
 
 def _sections() -> list[tuple[str, type[BaseModel]]]:
-    sections = [("", ZOConfig)]
+    sections: list[tuple[str, type[BaseModel]]] = [("", ZOConfig)]
     for name, field in ZOConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append((name, field.annotation))

@@ -126,6 +126,19 @@ def torchrun(cwd: Path, ranks: int, *arguments: str | Path) -> Outcome:
     return run([*launcher, ROOT / "launch" / "finetune.py", "--config", *arguments], cwd)
 
 
+def start_rank(cwd: Path, rank: int, ranks: int, port: int, *arguments: str | Path) -> subprocess.Popen[str]:
+    """One rank of a job, started by hand as launchers do it."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return subprocess.Popen(
+        [str(BIN / "zo_ds"), "train", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(MASTER_ADDR="127.0.0.1", **{key: str(value) for key, value in numbers.items()}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def result(run_dir: Path) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     return tree

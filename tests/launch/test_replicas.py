@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -74,9 +76,42 @@ def test_batch_that_ranks_cannot_share(reference: tuple[Path, Path]) -> None:
     assert not (folder / "three").exists()
 
 
-def test_port_taken(reference: tuple[Path, Path]) -> None:
-    import socket
+def test_ranks_with_different_recipes_do_not_start(reference: tuple[Path, Path]) -> None:
+    folder, _ = reference
+    port = jobs.free_port()
+    lrs = ("0.02", "0.03")
+    ranks = [
+        jobs.start_rank(folder, rank, 2, port, "recipe.yaml", "output.run_dir=apart", f"zeroth_order.lr={lr}")
+        for rank, lr in enumerate(lrs)
+    ]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=120)
+        assert rank.returncode == 7
+        assert "ranks disagree on the recipe, the data or the base weights" in err
+        assert "ranks 1 differ from rank 0" in err
+    assert not (folder / "apart" / "journal.jsonl").exists()
 
+
+def test_a_rank_that_is_killed_ends_the_job(reference: tuple[Path, Path]) -> None:
+    folder, _ = reference
+    port = jobs.free_port()
+    arguments = ("recipe.yaml", "output.run_dir=killed", "training.steps=100000", "training.eval_every=100000")
+    first, second = (jobs.start_rank(folder, rank, 2, port, *arguments) for rank in range(2))
+    journal = folder / "killed" / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.1)
+    second.kill()
+    _, err = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 7
+    assert "another rank is gone" in err
+    assert "another rank is gone" in (folder / "killed" / "log.txt").read_text()
+
+
+def test_port_taken(reference: tuple[Path, Path]) -> None:
     folder, _ = reference
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))

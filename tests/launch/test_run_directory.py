@@ -110,6 +110,17 @@ def test_a_second_run_does_not_touch_the_first(finished: Path) -> None:
     assert (finished / "run" / "journal.jsonl").read_bytes() == before
 
 
+def test_losses_that_stay_non_finite_end_the_run_and_leave_the_weights(finished: Path) -> None:
+    done = jobs.zo_ds(finished, "train", "recipe.yaml", "output.run_dir=broken", "zeroth_order.eps=1.0e+30")
+    assert done.code == 5
+    assert "the last 5 steps were all skipped" in done.err
+    assert "non_finite_loss" in done.err
+    assert done.out.count("SKIPPED: non_finite_loss") == 4
+    replayed = jobs.zo_ds(finished, "replay", "broken")
+    header = json.loads((finished / "broken" / "journal.jsonl").read_text().splitlines()[0])
+    assert json.loads(replayed.out) == {"steps": 5, "weights_sha256": header["base_sha256"], "matches": None}
+
+
 def test_directory_in_use_and_kill_in_the_middle(tmp_path: Path) -> None:
     recipe = jobs.make_recipe(tmp_path, training={"steps": 100000, "eval_every": 5})
     command = [str(jobs.BIN / "zo_ds"), "train", str(recipe), "output.run_dir=run"]

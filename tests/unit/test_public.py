@@ -36,6 +36,17 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_help_is_light() -> None:
+    program = (
+        "import sys, zo_ds.cli\n"
+        "try: zo_ds.cli.main(['--help'])\n"
+        "except SystemExit: print('\\n', sorted({'torch', 'deepspeed', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "replay" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == "[]"
+
+
 def test_version_is_that_of_the_distribution() -> None:
     from importlib.metadata import version
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,14 @@ class Plan:
     deepspeed: dict[str, Any]
     task: Task
     splits: Splits
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything ranks must have in common beside the weights."""
+        tree = self.config.model_dump(mode="json", exclude={"output": True, "model": {"path"}, "data": {"path"}})
+        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
+        for example in (*self.splits.train, *self.splits.dev, *self.splits.test):
+            digest.update(f"{example.label} {example.text}\n".encode())
+        return digest.hexdigest()
 
     def resolved(self, threads: int, run_dir: Path) -> dict[str, Any]:
         """Every setting as used, as plain data that `load_config` reads again."""

@@ -18,7 +18,7 @@ from zo_ds.evaluation.accuracy import Evaluation, evaluate
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import Header
 from zo_ds.models.load import LoadedModel
-from zo_ds.parallel.channel import Channel, open_channel
+from zo_ds.parallel.channel import Channel, agree, open_channel
 from zo_ds.tasks.scoring import Batch, Scorer
 from zo_ds.trainer.environment import describe, peak_rss_gib, use_threads
 from zo_ds.trainer.job import Plan, check, encode_units, load, make_sampler, read_weights, truncation_note
@@ -108,6 +108,7 @@ def _run(plan: Plan, channel: Channel, run_dir: RunDir | None, path: Path) -> di
         log.warning("%s", note)
     engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
     base = engine.digest()
+    agree(channel, f"{plan.fingerprint()} {base}".encode(), "the recipe, the data or the base weights")
     if run_dir is not None:
         engine.record_to(Journal(path / JOURNAL, _header(engine, base)))
     with Progress(
