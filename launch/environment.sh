@@ -15,25 +15,24 @@ command -v "$python" >/dev/null || { echo "zo_ds: no $python here; set PYTHON to
 wanted="$(cat "$root/constraints.txt" "$root/setup.cfg" "$root/pyproject.toml" | cksum)"
 if [ "$(cat "$venv/.zo_ds-installed-$extras" 2>/dev/null)" != "$wanted" ]; then
   echo "zo_ds: setting up $venv (once)"
-  keep_torch=no
-  "$python" -c 'import sys, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); sys.exit(not (2, 11) <= v <= (2, 13))' \
-    2>/dev/null && keep_torch=yes
+  supported='import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(not (2, 11) <= v <= (2, 13))'
   if [ ! -x "$venv/bin/python" ]; then
-    if [ $keep_torch = yes ]; then
-      echo "zo_ds: keeping the torch of $python"
-      "$python" -m venv --system-site-packages "$venv"
-    else
-      "$python" -m venv "$venv"
-    fi
+    site=""
+    ! "$python" -c "$supported" 2>/dev/null || site="--system-site-packages"
+    "$python" -m venv $site "$venv" ||
+      { rm -rf "$venv"; echo "zo_ds: cannot make $venv; install the venv module (Debian: python3-venv)" >&2; exit 4; }
   fi
+  install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$pins" "$@"; }
   pins="$root/constraints.txt"
-  if [ $keep_torch = yes ]; then
+  if "$venv/bin/python" -c "$supported" 2>/dev/null; then
+    echo "zo_ds: keeping torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
     pins="$venv/constraints.txt"
     grep -v '^torch==' "$root/constraints.txt" >"$pins"
+  else
+    install torch
   fi
-  [ $keep_torch = yes ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$pins" torch
   # DeepSpeed's own operators are not needed, and building them would need a compiler.
-  DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$pins" -e "$root${extras:+[$extras]}"
+  DS_BUILD_OPS=0 install -e "$root${extras:+[$extras]}"
   # What has the extras also has the rest.
   echo "$wanted" | tee "$venv/.zo_ds-installed-$extras" >"$venv/.zo_ds-installed-"
 fi

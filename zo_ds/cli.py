@@ -106,8 +106,12 @@ def finetune() -> None:
 
 
 def _prepare_process() -> None:
+    import warnings
+
     import torch
 
+    # DeepSpeed still calls what torch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Before DeepSpeed is imported: without this it probes for accelerators and warns about each.
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -213,7 +213,7 @@ def test_shares_are_equal_in_every_batch_and_micro_batch(
     for micro in (turn * size for size in range(1, share + 1) if share % size == 0):
         for start in range(0, len(drawn), micro):
             counts = Counter(labels[index] for index in drawn[start : start + micro])
-            assert counts == {label: micro // turn for label in range(turn)}
+            assert counts == dict.fromkeys(range(turn), micro // turn)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**64 - 1), st.integers(0, 5))

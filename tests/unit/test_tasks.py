@@ -65,7 +65,7 @@ def pieces() -> Any:
 @pytest.fixture(scope="module")
 def masking() -> Any:
     """Word-level with a mask, lower-casing, and the special tokens of an encoder around a text."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *jobs.WORDS, "it"])}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *jobs.WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -144,8 +144,8 @@ def test_a_long_text_loses_its_end(kind: str, limit: int, request: pytest.Fixtur
         assert len(ids) <= limit
         assert ids[-len(tail) :] == tail
     if kind == "words":
-        assert tokenizer.decode(encoder.encode(long[0])).split()[-4:] == ["good", "bad", "It", "was"] or limit % 2 == 0
-        assert len(encoder.encode(long[0])) == limit
+        kept = " ".join((["good", "bad"] * 40)[: limit - 5])
+        assert encoder.encode(long[0]) == tokenizer(f"the film : {kept} It was")["input_ids"]
 
 
 def test_each_text_is_counted_once(words: Any) -> None:
@@ -199,7 +199,7 @@ def test_answers_of_a_causal_lm(family: str, answers: tuple[str, ...], pieces: A
         torch.testing.assert_close(scores, expected.float(), atol=1e-4, rtol=1e-5)
     right = torch.tensor([example.label for example in EXAMPLES])
     torch.testing.assert_close(loss, -expected.log_softmax(-1).float()[range(4), right], atol=1e-4, rtol=1e-5)
-    assert expected.log_softmax(-1).std(0).min() > 1e-2
+    assert expected.std(0).min() > 1e-2
 
 
 def test_answers_fit_behind_a_cut_prompt(pieces: Any) -> None:
@@ -244,10 +244,15 @@ def test_words_at_the_mask(family: str, masking: Any) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, "{text} It was <mask>", "{mask} {text} {mask}"])
+@pytest.mark.parametrize("template", [TEMPLATE, "{text} It was <mask>"])
 def test_masks_in_a_template(template: str, masking: Any) -> None:
     with pytest.raises(ConfigError, match="mask"):
         LabelWords(Task(template, ("terrible", "great")), masking, 32)
+
+
+def test_two_masks_in_a_template(masking: Any) -> None:
+    with pytest.raises(ConfigError, match="mask"):
+        LabelWords(Task("{mask} {text} {mask}", ("terrible", "great")), masking, 32)
 
 
 def test_a_masked_task_needs_a_mask_token_and_known_words(words: Any, masking: Any) -> None:
@@ -278,4 +283,4 @@ def test_a_classification_head(family: str, masking: Any) -> None:
 
 
 def test_a_scorer_for_every_head() -> None:
-    assert SCORERS == {"causal_lm": OptionLikelihood, "masked_lm": LabelWords, "sequence_classification": Head}
+    assert {"causal_lm": OptionLikelihood, "masked_lm": LabelWords, "sequence_classification": Head} == SCORERS

@@ -135,6 +135,8 @@ class TrainingConfig(Section):
     """Examples in one forward pass: the unit of work that ranks share out, of the same shape on any of them."""
     eval_every: PositiveInt | None = None
     """Score the dev set every so many steps and keep the best model; None: only at the end."""
+    best_by: Literal["loss", "accuracy"] = "loss"
+    """What makes a model the best on the dev set; the loss is the steadier judge on few examples."""
     eval_batch_size: PositiveInt = 16
     """Examples in one forward pass of an evaluation."""
 

@@ -79,7 +79,8 @@ def load_splits(config: DataConfig, label_words: Sequence[str]) -> Splits:
 
 def _read(path: Path, config: DataConfig, label_words: Sequence[str]) -> list[Example]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also splits at separators that JSON texts may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read the data: {getattr(error, 'strerror', None) or error}",

@@ -63,7 +63,8 @@ def initialize(
     store, engine = _open_store(model, resolved, zeroth_order)
     perturber = Perturber(model, store.parameters, store.structure)
     half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
-    evaluator = SequentialEvaluator(model, perturber, loss_fn or model_loss, next(iter(half), None))
+    device = torch.device(engine.device).type
+    evaluator = SequentialEvaluator(model, perturber, loss_fn or model_loss, next(iter(half), None), device)
     return ZOEngine(zeroth_order, store, evaluator, channel, engine)
 
 

@@ -28,9 +28,12 @@ class Evaluation:
     loss: float
     examples: int
 
-    def better_than(self, other: Evaluation | None) -> bool:
-        """Higher accuracy, or the same with a lower loss."""
-        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+    def better_than(self, other: Evaluation | None, by: str) -> bool:
+        """Whether this is the better score by ``"loss"`` or by ``"accuracy"``; the other one decides between equals."""
+        if other is None:
+            return True
+        mine, theirs = (-self.loss, self.accuracy), (-other.loss, other.accuracy)
+        return mine > theirs if by == "loss" else mine[::-1] > theirs[::-1]
 
 
 def evaluate(
@@ -39,6 +42,7 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int,
     channel: Channel,
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Score examples at the current weights.
 
@@ -50,12 +54,14 @@ def evaluate(
         examples: one or more.
         batch_size: examples in one forward pass.
         channel: to the other ranks.
+        device: where the model runs, the CPU if None.
     """
     order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
     for number in units_of_rank(len(batches), channel.rank, channel.world_size):
-        batch = scorer.encode([examples[index] for index in batches[number]])
+        encoded = scorer.encode([examples[index] for index in batches[number]])
+        batch = {key: value.to(device or "cpu") for key, value in encoded.items()}
         found[batches[number]] = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
     # Every row is written by one rank and zero on the others.
     total = torch.stack(channel.all_gather(found)).sum(0)
@@ -64,8 +70,6 @@ def evaluate(
 
 
 def _graded(scorer: Scorer, model: nn.Module, batch: Batch) -> Tensor:
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in batch.items()}
     scores = scorer.scores(model, batch)
     right = scores.argmax(-1) == batch["labels"]
     loss = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")

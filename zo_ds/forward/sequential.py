@@ -45,13 +45,19 @@ class SequentialEvaluator:
         perturber: shows it the displaced weights.
         loss_fn: from model and batch to losses.
         autocast_dtype: dtype of matrix products if matrices are 16-bit, else None.
+        device_type: where the model runs; parameters cannot tell while ZeRO-3 keeps them elsewhere.
     """
 
     def __init__(
-        self, module: nn.Module, perturber: Perturber, loss_fn: LossFunction, autocast_dtype: torch.dtype | None
+        self,
+        module: nn.Module,
+        perturber: Perturber,
+        loss_fn: LossFunction,
+        autocast_dtype: torch.dtype | None,
+        device_type: str = "cpu",
     ) -> None:
         self._module, self._perturber, self._loss_fn = module, perturber, loss_fn
-        self._autocast_dtype = autocast_dtype
+        self._autocast_dtype, self._device_type = autocast_dtype, device_type
         self._buffers = BufferGuard(module)
         self._surveyed = False
 
@@ -98,7 +104,6 @@ class SequentialEvaluator:
         if self._autocast_dtype is None:
             yield
             return
-        device = next(self._module.parameters()).device.type
         # The cache would keep a cast of perturbed weights beyond their module.
-        with torch.autocast(device, dtype=self._autocast_dtype, cache_enabled=False):
+        with torch.autocast(self._device_type, dtype=self._autocast_dtype, cache_enabled=False):
             yield

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from zo_ds.config.schema import ModelConfig
@@ -20,6 +21,8 @@ _CLASSES = {
     "masked_lm": transformers.AutoModelForMaskedLM,
     "sequence_classification": transformers.AutoModelForSequenceClassification,
 }
+_POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm"}
+"""Models whose positions count from behind the padding token's id, and so have fewer than their table holds."""
 _ARCHITECTURES = (("ForCausalLM", "causal_lm"), ("LMHeadModel", "causal_lm"), ("ForMaskedLM", "masked_lm"))
 
 
@@ -83,6 +86,7 @@ def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
         settings = transformers.AutoConfig.from_pretrained(source, **common)
         head = config.head if config.head != "auto" else _head_of(settings)
         extra = {"num_labels": num_labels} if head == "sequence_classification" else {}
+        _check_labels(settings, head, num_labels)
         module, report = _CLASSES[head].from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
@@ -92,7 +96,7 @@ def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
             **extra,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise DataError(
             "cannot load the model",
             where=f"model.path = {config.path}",
@@ -103,8 +107,25 @@ def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
         for name, parameter in module.named_parameters():
             if name in report["missing_keys"]:
                 parameter.zero_()
-    limits = (getattr(settings, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-    return LoadedModel(module.eval(), tokenizer, head, min(int(limit) for limit in limits if limit))
+    return LoadedModel(module.eval(), tokenizer, head, _max_tokens(settings, tokenizer))
+
+
+def _check_labels(settings: Any, head: str, num_labels: int) -> None:
+    trained = any("ForSequenceClassification" in name for name in settings.architectures or [])
+    if head == "sequence_classification" and trained and settings.num_labels != num_labels:
+        raise DataError(
+            f"the model's classification head has {settings.num_labels} classes, the task has {num_labels}",
+            where="task.label_words",
+            remedy="give as many label words, or start from a model without a trained head",
+        )
+
+
+def _max_tokens(settings: Any, tokenizer: Any) -> int:
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= settings.pad_token_id + 1
+    limits = (positions, getattr(tokenizer, "model_max_length", None))
+    return min(int(limit) for limit in limits if limit)
 
 
 def _head_of(settings: Any) -> str:

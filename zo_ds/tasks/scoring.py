@@ -32,7 +32,9 @@ class Scorer(ABC):
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int) -> None:
         self._task, self._tokenizer = task, tokenizer
         self.prompts = PromptEncoder(tokenizer, self._render, max_tokens - self._answer_tokens())
-        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # Padding is masked, so any token will do.
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad_id: int = next(token for token in known if token is not None)
 
     def length(self, example: Example) -> int:
         """Tokens of an example's prompt."""
@@ -74,8 +76,7 @@ class OptionLikelihood(Scorer):
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int) -> None:
         self._options = [_continuation(tokenizer, task, word) for word in task.label_words]
         self._single = all(len(option) == 1 for option in self._options)
-        if self._single and len({option[0] for option in self._options}) < len(self._options):
-            raise ConfigError("two label words are the same token", where=f"task.label_words = {task.label_words}")
+        _check_different(self._options, task)
         super().__init__(task, tokenizer, max_tokens)
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -105,14 +106,17 @@ class LabelWords(Scorer):
     """Masked LM: the logit of each label word at the mask."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int) -> None:
-        if "{mask}" not in task.template or tokenizer.mask_token is None:
+        if task.template.count("{mask}") != 1 or tokenizer.mask_token is None:
             raise ConfigError(
-                "a masked LM is asked through a mask, and this one cannot be",
+                "a masked LM is asked through one mask, and this one cannot be",
                 where=f"task.template = {task.template!r}",
-                why="the template has no '{mask}'" if tokenizer.mask_token else "the tokenizer has no mask token",
+                why=f"the template has {task.template.count('{mask}')} '{{mask}}'"
+                if tokenizer.mask_token
+                else "the tokenizer has no mask token",
                 remedy='for example template: "{text} It was {mask}."',
             )
         self._words = [_word_token(tokenizer, word) for word in task.label_words]
+        _check_different([[word] for word in self._words], task)
         super().__init__(task, tokenizer, max_tokens)
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -132,6 +136,10 @@ class Head(Scorer):
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Scorer.scores`."""
+        config = getattr(model, "config", None)
+        if config is not None and config.pad_token_id is None:
+            # Decoders find the last token of a row by it.
+            config.pad_token_id = self._pad_id
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits.float()
 
@@ -168,6 +176,15 @@ def _continuation(tokenizer: Tokenizer, task: Task, word: str) -> list[int]:
         return after[len(before) :]
     alone: list[int] = tokenizer(joint + word, add_special_tokens=False)["input_ids"]
     return alone
+
+
+def _check_different(answers: Sequence[Sequence[int]], task: Task) -> None:
+    if len({tuple(answer) for answer in answers}) < len(answers):
+        raise ConfigError(
+            "two label words are the same tokens for this model",
+            where=f"task.label_words = {list(task.label_words)}",
+            remedy="choose words that the tokenizer tells apart",
+        )
 
 
 def _word_token(tokenizer: Tokenizer, word: str) -> int:

@@ -43,7 +43,8 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     loaded, scorer = load(plan)
     engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
     engine.load_weights(weights)
-    found = evaluate(engine.call, scorer, plan.splits.test, config.training.eval_batch_size, channel)
+    batch_size = config.training.eval_batch_size
+    found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device)
     result = {
         "accuracy": found.accuracy,
         "loss": found.loss,

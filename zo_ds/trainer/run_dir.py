@@ -47,6 +47,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,6 +74,14 @@ class RunDir:
     def close(self) -> None:
         """Let others use the directory."""
         self._lock.release()
+
+    def discard(self) -> None:
+        """Undo the making of the directory, for a run that was refused; what was there before stays."""
+        (self.path / ".owner").unlink(missing_ok=True)
+        self.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+        for folder in self._made:
+            folder.rmdir()
 
     def explain(self, given: str, overrides: list[str], resolved: dict[str, Any], deepspeed: dict[str, Any]) -> None:
         """Write README.md, the configurations and env.json."""

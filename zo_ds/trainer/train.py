@@ -14,6 +14,7 @@ from zo_ds.config.schema import ZOConfig
 from zo_ds.data.examples import Example
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.initialize import initialize
+from zo_ds.errors import ZODSError
 from zo_ds.evaluation.accuracy import Evaluation, evaluate
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import Header
@@ -47,6 +48,12 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
     start_logging(channel.rank)
     plan = check(config, channel)
     run_dir = _open_run_dir(config, channel)
+    try:
+        loaded, scorer = load(plan)
+    except ZODSError:
+        if run_dir is not None:
+            run_dir.discard()
+        raise
     path = _shared_path(run_dir, channel)
     start_logging(channel.rank, path)
     try:
@@ -54,7 +61,7 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
         if run_dir is not None:
             run_dir.explain(given, overrides, plan.resolved(threads, path), plan.deepspeed)
             run_dir.write_json("env.json", describe(channel.world_size, threads))
-        result = _run(plan, channel, run_dir, path)
+        result = _run(plan, loaded, scorer, channel, run_dir, path)
         if run_dir is not None:
             run_dir.write_json("result.json", result)
     except Exception as error:
@@ -94,9 +101,10 @@ def _announce(plan: Plan, channel: Channel, threads: int, path: Path) -> None:
     log.info("%s", f"run directory {path}")
 
 
-def _run(plan: Plan, channel: Channel, run_dir: RunDir | None, path: Path) -> dict[str, Any]:
+def _run(
+    plan: Plan, loaded: LoadedModel, scorer: Scorer, channel: Channel, run_dir: RunDir | None, path: Path
+) -> dict[str, Any]:
     config = plan.config
-    loaded, scorer = load(plan)
     log.info(
         "%s",
         f"model {config.model.path} ({sum(p.numel() for p in loaded.module.parameters()) / 1e6:.1f} M parameters, "
@@ -197,7 +205,7 @@ class _Session:
     def _evaluate(self, split: str, note: str, step: int) -> Evaluation:
         examples = {"dev": self._plan.splits.dev, "test": self._plan.splits.test}[split]
         batch_size = self._plan.config.training.eval_batch_size
-        found = evaluate(self._engine.call, self._scorer, examples, batch_size, self._channel)
+        found = evaluate(self._engine.call, self._scorer, examples, batch_size, self._channel, self._engine.device)
         self._progress.evaluation(step, split, found, note)
         return found
 
@@ -205,7 +213,7 @@ class _Session:
         found = self._evaluate("dev", f" after step {step}", step)
         if not self._plan.config.output.save_model:
             self._best, self._best_step = found, step
-        elif found.better_than(self._best):
+        elif found.better_than(self._best, self._plan.config.training.best_by):
             self._best, self._best_step = found, step
             self._engine.save_pretrained(self._path / "model", self._loaded.tokenizer)
 
