@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.launch import jobs
@@ -110,14 +111,18 @@ def test_a_second_run_does_not_touch_the_first(finished: Path) -> None:
     assert (finished / "run" / "journal.jsonl").read_bytes() == before
 
 
-def test_losses_that_stay_non_finite_end_the_run_and_leave_the_weights(finished: Path) -> None:
-    done = jobs.zo_ds(finished, "train", "recipe.yaml", "output.run_dir=broken", "zeroth_order.eps=1.0e+30")
+def test_losses_that_stay_non_finite_end_the_run_and_leave_the_weights(tmp_path: Path) -> None:
+    recipe = jobs.make_recipe(tmp_path)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    done = jobs.zo_ds(tmp_path, "train", recipe, "output.run_dir=broken")
     assert done.code == 5
     assert "the last 5 steps were all skipped" in done.err
-    assert "non_finite_loss" in done.err
+    assert "non_finite_loss: non-finite in every evaluation, the unperturbed one too" in done.err
     assert done.out.count("SKIPPED: non_finite_loss") == 4
-    replayed = jobs.zo_ds(finished, "replay", "broken")
-    header = json.loads((finished / "broken" / "journal.jsonl").read_text().splitlines()[0])
+    replayed = jobs.zo_ds(tmp_path, "replay", "broken")
+    header = json.loads((tmp_path / "broken" / "journal.jsonl").read_text().splitlines()[0])
     assert json.loads(replayed.out) == {"steps": 5, "weights_sha256": header["base_sha256"], "matches": None}
 
 

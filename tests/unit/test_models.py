@@ -42,11 +42,11 @@ def load(folder: Path | str, labels: int = 2, **settings: Any) -> LoadedModel:
     return load_model(ModelConfig(path=str(folder), **settings), labels)
 
 
-def refused(path: Path | str, labels: int = 2, **settings: Any) -> DataError:
+def refused(path: Path | str, labels: int = 2, where: str = "", **settings: Any) -> DataError:
     with pytest.raises(DataError) as caught:
         load(path, labels, **settings)
     assert caught.value.exit_code == 3
-    assert caught.value.where == f"model.path = {path}"
+    assert caught.value.where == (where or f"model.path = {path}")
     assert caught.value.remedy
     return caught.value
 
@@ -175,4 +175,4 @@ def test_damaged_weights(folder: Path, content: bytes) -> None:
 
 def test_weights_of_another_shape(folder: Path) -> None:
     with_encoder(folder, BertForSequenceClassification(BertConfig(**ENCODER, num_labels=3)))
-    refused(folder, 2)
+    assert "3 classes, the task has 2" in refused(folder, 2, where="task.label_words").what
