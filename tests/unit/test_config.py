@@ -29,7 +29,8 @@ zeroth_order zeroth_order.estimator zeroth_order.num_directions zeroth_order.eps
 zeroth_order.lr_schedule zeroth_order.eps_schedule zeroth_order.warmup_steps zeroth_order.final_ratio
 zeroth_order.total_steps zeroth_order.weight_decay zeroth_order.noise zeroth_order.spread_std
 zeroth_order.spread_floor zeroth_order.coefficient_cap zeroth_order.max_consecutive_skips zeroth_order.run_seed
-training training.steps training.batch_size training.micro_batch_size training.eval_every training.best_by training.eval_batch_size
+training training.steps training.batch_size training.micro_batch_size training.eval_every training.best_by
+training.eval_batch_size
 parallel parallel.threads parallel.timeout_s
 output output.run_dir output.tensorboard output.save_model
 deepspeed
