@@ -38,6 +38,8 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
         ["training.batch_size", "data.balanced=false"],
     ),
     "stage 2": (2, ["deepspeed.zero_optimization.stage=2"], ["deepspeed.zero_optimization.stage", "gradient"]),
+    "bf16 as a value": (2, ["deepspeed.bf16=true"], ["deepspeed.bf16", "block of settings"]),
+    "dtype twice": (2, ["deepspeed.bfloat16.enabled=true"], ["deepspeed.bfloat16.enabled", "model.dtype"]),
     "optimizer": (2, ["deepspeed.optimizer.type=Adam"], ["deepspeed.optimizer", "no gradients", "remove it"]),
     "no DeepSpeed file": (2, ["deepspeed=nowhere.json"], ["cannot read the DeepSpeed configuration", "nowhere.json"]),
     "no data": (3, ["data.path=nowhere"], ["there is no such data folder", "data.path = nowhere"]),

@@ -39,7 +39,7 @@ class Displacement:
 
 
 class Perturber:
-    """Hooks on every module that holds trainable parameters.
+    """Hooks on every module; those that use trainable parameters see them displaced.
 
     Args:
         module: the model, after DeepSpeed has taken it over.

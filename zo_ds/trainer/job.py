@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from zo_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
 from zo_ds.config.schema import ZOConfig
 from zo_ds.data.batches import BatchSampler
 from zo_ds.data.examples import Example, Splits, load_splits
@@ -24,7 +24,7 @@ from zo_ds.parallel.units import units_of_rank
 from zo_ds.tasks.registry import Task, resolve_task
 from zo_ds.tasks.scoring import SCORERS, Batch, Scorer
 
-_DTYPE_BLOCKS = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPE_BLOCKS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check(config: ZOConfig, channel: Channel) -> Plan:
     """
     tree = read_deepspeed(config.deepspeed)
     for key, dtype in _DTYPE_BLOCKS.items():
-        if (tree.get(key) or {}).get("enabled") is True and config.model.dtype != dtype:
+        if block(tree, key, "deepspeed").get("enabled") is True and config.model.dtype != dtype:
             raise ConfigError(
                 f"DeepSpeed's '{key}' contradicts model.dtype, which is {config.model.dtype}",
                 where=f"deepspeed.{key}.enabled",

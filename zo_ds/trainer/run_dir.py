@@ -51,7 +51,11 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MachineError(f"cannot make the run directory: {error.strerror}", where=str(path)) from error
+            raise MachineError(
+                f"cannot make the run directory: {error.strerror}",
+                where=str(path),
+                remedy="choose another output.run_dir",
+            ) from error
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
