@@ -79,6 +79,19 @@ def replay(
     _print_json(replay_run(run, steps, save))
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine has, and which compiled ops are active and why."""
+    _prepare_process()
+    from zo_ds.trainer.doctor import as_text, examine
+
+    tree = examine()
+    if as_json:
+        _print_json(tree)
+    else:
+        print(as_text(tree))
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:

@@ -63,8 +63,8 @@ def test_a_step_is_what_the_formulas_say(estimator: str) -> None:
 
         def at(probe: Probe, theta: Any = theta, step: int = step, batches: Any = batches) -> float:
             for p, info in infos.items():
-                args = (info, engine.store.structure, step_seed(3, step), probe.direction, probe.side * 2e-3)
-                p.data = perturb(theta[p], *args) if probe.side else theta[p]
+                place = (info.site(engine.store.structure), step_seed(3, step), probe.direction)
+                p.data = perturb(theta[p], *place, probe.side * 2e-3) if probe.side else theta[p]
             with torch.no_grad():
                 return sum(float(plain(**batch).loss) for batch in batches) / 2
 
@@ -73,7 +73,7 @@ def test_a_step_is_what_the_formulas_say(estimator: str) -> None:
         terms = tuple(Term(step, i, float(c)) for i, c in enumerate(wanted.coefficients))
         for p, info in infos.items():
             p.data = theta[p].clone()
-            apply_update_(p.data, info, engine.store.structure, 3, Update(step, terms, 1e-3 * 0.5))
+            apply_update_(p.data, info.site(engine.store.structure), 3, Update(step, terms, 1e-3 * 0.5))
         out = engine.step(batches)
         assert torch.equal(out.coefficients, wanted.coefficients)
         assert (out.step, out.skip, out.lr, out.eps, out.forwards) == (step, None, 1e-3, 2e-3, 2 * len(losses))

@@ -183,7 +183,7 @@ class Logistic:
     def directions(self, step: int, count: int) -> Tensor:
         device = torch.device("cpu")
         seed, numbers = noise.step_seed(77, step), range(count)
-        signs = scaled_signs(self.param, self.structure, seed, numbers, [1.0] * count, 0, self.param.numel, device)
+        signs = scaled_signs(self.param.site(self.structure), seed, numbers, [1.0] * count, 0, self.param.numel, device)
         return torch.stack([*signs])
 
     def losses(self, directions: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ def displaced_copy(setup: Setup, displacement: Displacement | None) -> nn.Module
         seed, direction, eps = displacement.seed, displacement.direction, displacement.eps
         for name, p in model.named_parameters():
             if name in infos:
-                args = (infos[name], setup.store.structure, seed, direction, eps)
-                p.data = perturb(p.data.contiguous(), *args).reshape(p.shape)
+                site = infos[name].site(setup.store.structure)
+                p.data = perturb(p.data.contiguous(), site, seed, direction, eps).reshape(p.shape)
     return model
 
 

@@ -133,7 +133,7 @@ def test_scaled_signs_equal_the_oracle(
     start = data.draw(st.integers(0, info.numel - 1))
     count = data.draw(st.integers(1, min(150, info.numel - start)))
     scales = {5: 0.1, 0: -3.0, 2**31: 1e-30}
-    found = scaled_signs(info, structure, seed, list(scales), list(scales.values()), start, count, CPU)
+    found = scaled_signs(info.site(structure), seed, list(scales), list(scales.values()), start, count, CPU)
     factored = structure is NoiseStructure.FACTORED
     for (direction, scale), row in zip(scales.items(), found, strict=True):
         u = [oracle.sign(seed, "p", shape, direction, j, factored=factored) for j in range(start, start + count)]
@@ -230,7 +230,7 @@ def test_neighbouring_elements_and_tiles_are_uncorrelated() -> None:
 
 def test_factored_signs_are_unbiased_and_uncorrelated_between_directions() -> None:
     info = ParamInfo(NAME, (512, 512), torch.float32)
-    rank1 = [*scaled_signs(info, NoiseStructure.FACTORED, SEED, range(8), [1.0] * 8, 0, 512 * 512, CPU)]
+    rank1 = [*scaled_signs(info.site(NoiseStructure.FACTORED), SEED, range(8), [1.0] * 8, 0, 512 * 512, CPU)]
     # A sum over a b^T is a sum over a times a sum over b, so scores are products of two normal ones.
     scores = [z(u) for u in rank1] + [z(a * b) for i, a in enumerate(rank1) for b in rank1[:i]]
     assert max(abs(score) for score in scores) < BOUND**2

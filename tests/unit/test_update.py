@@ -62,7 +62,7 @@ def test_update_equals_the_oracle(dtype: torch.dtype, shape: tuple[int, ...], st
     for update in (Update(9, TERMS), Update(9, TERMS, decay=1e-2), Update(3, (), decay=0.3), Update(5, TERMS[2:3])):
         theta = weights(param.numel, dtype).view(shape)
         expected = expected_update(theta, param, structure, update, 0)
-        apply_update_(theta, param, structure, RUN_SEED, update)
+        apply_update_(theta, param.site(structure), RUN_SEED, update)
         assert torch.equal(bits_of(theta), bits_of(expected))
 
 
@@ -78,7 +78,7 @@ def test_update_of_any_numbers_equals_the_oracle(
 ) -> None:
     theta, update = torch.tensor(values).to(dtype), Update(2, tuple(terms), decay)
     expected = expected_update(theta, ParamInfo("p", (3, 5), dtype), NoiseStructure.DENSE, update, 7)
-    apply_update_(theta, ParamInfo("p", (3, 5), dtype), NoiseStructure.DENSE, RUN_SEED, update, 7)
+    apply_update_(theta, ParamInfo("p", (3, 5), dtype).site(NoiseStructure.DENSE, 7), RUN_SEED, update)
     assert torch.equal(bits_of(theta), bits_of(expected))
 
 
@@ -98,18 +98,18 @@ def test_perturb_equals_the_oracle(dtype: torch.dtype, shape: tuple[int, ...], s
             oracle.perturbed(x, short(dtype), eps, u) for x, u in zip(before.view(-1).tolist(), signs, strict=True)
         ]
         expected = torch.tensor(values, dtype=torch.float64).to(dtype).view(shape)
-        found = perturb(theta, param, structure, seed, 3, eps)
+        found = perturb(theta, param.site(structure), seed, 3, eps)
         assert torch.equal(bits_of(found), bits_of(expected))
         assert torch.equal(theta, before)
         out = torch.full_like(theta, math.nan)
-        assert perturb(theta, param, structure, seed, 3, eps, out=out) is out
+        assert perturb(theta, param.site(structure), seed, 3, eps, out=out) is out
         assert torch.equal(bits_of(out), bits_of(expected))
 
 
 def test_decay_is_for_matrices_only() -> None:
     for shape, kept in (((12,), 1.0), ((12, 1), 0.5), ((3, 2, 2), 0.5)):
         theta = torch.ones(shape)
-        apply_update_(theta, ParamInfo("p", shape, theta.dtype), STRUCTURES[0], 0, Update(0, (), decay=0.5))
+        apply_update_(theta, ParamInfo("p", shape, theta.dtype).site(STRUCTURES[0]), 0, Update(0, (), decay=0.5))
         assert torch.equal(theta, torch.full(shape, kept))
 
 
@@ -119,7 +119,7 @@ def test_order_of_terms_is_part_of_the_definition() -> None:
     for terms in (TERMS, TERMS[::-1]):
         theta = weights(4096, torch.float32)
         expected = expected_update(theta[:300], param, NoiseStructure.DENSE, Update(9, terms), 0)
-        apply_update_(theta, param, NoiseStructure.DENSE, RUN_SEED, Update(9, terms))
+        apply_update_(theta, param.site(NoiseStructure.DENSE), RUN_SEED, Update(9, terms))
         assert torch.equal(theta[:300], expected)
         results.append(theta)
     assert not torch.equal(*results)
@@ -140,16 +140,16 @@ def test_shards_and_chunks_change_no_bit(
     param = ParamInfo("p", shape, dtype)
     theta = weights(param.numel, dtype).view(shape)
     update, seed = Update(9, TERMS, decay=1e-3), noise.step_seed(RUN_SEED, 9)
-    moved = perturb(theta, param, structure, seed, 1, 1e-2)
+    moved = perturb(theta, param.site(structure), seed, 1, 1e-2)
     whole = theta.clone()
-    apply_update_(whole, param, structure, RUN_SEED, update)
+    apply_update_(whole, param.site(structure), RUN_SEED, update)
     edges = [0, *sorted(cuts), param.numel]
     with patch.object(directions, "CHUNK", chunk):
         for start, stop in pairwise(edges):
             shard = theta.view(-1)[start:stop].clone()
-            found = perturb(shard, param, structure, seed, 1, 1e-2, start)
+            found = perturb(shard, param.site(structure, start), seed, 1, 1e-2)
             assert torch.equal(found, moved.view(-1)[start:stop])
-            apply_update_(shard, param, structure, RUN_SEED, update, start)
+            apply_update_(shard, param.site(structure, start), RUN_SEED, update)
             assert torch.equal(shard, whole.view(-1)[start:stop])
 
 
@@ -160,7 +160,7 @@ def test_far_slices_equal_the_oracle(start: int, dtype: torch.dtype) -> None:
     for structure in STRUCTURES:
         theta, update = weights(80, dtype), Update(9, TERMS, decay=1e-2)
         expected = expected_update(theta, param, structure, update, start)
-        apply_update_(theta, param, structure, RUN_SEED, update, start)
+        apply_update_(theta, param.site(structure, start), RUN_SEED, update)
         assert torch.equal(theta, expected)
 
 
@@ -169,9 +169,9 @@ def test_several_updates_equal_as_many_calls(dtype: torch.dtype) -> None:
     param = ParamInfo("p", (50, 20), dtype)
     updates = [Update(step, (Term(step, 0, 1e-4), Term(step, 1, -3e-4)), decay=1e-3) for step in range(5)]
     together, apart = weights(1000, dtype), weights(1000, dtype)
-    apply_updates_(together, param, NoiseStructure.DENSE, RUN_SEED, updates)
+    apply_updates_(together, param.site(NoiseStructure.DENSE), RUN_SEED, updates)
     for update in updates:
-        apply_update_(apart, param, NoiseStructure.DENSE, RUN_SEED, update)
+        apply_update_(apart, param.site(NoiseStructure.DENSE), RUN_SEED, update)
     assert torch.equal(together, apart)
     assert not torch.equal(together, weights(1000, dtype))
 
@@ -259,7 +259,7 @@ def test_small_steps_survive_stochastic_rounding_only() -> None:
         u = noise.signs(noise.step_seed(RUN_SEED, 0), param.param_id, 0, 0, count)  # the same direction all along
         nearest = (nearest.float() - gap / 40 * u).to(torch.bfloat16)
         exact -= gap / 40 * u.double()
-        apply_update_(theta, param, NoiseStructure.DENSE, RUN_SEED, Update(step, (Term(0, 0, gap / 40),)))
+        apply_update_(theta, param.site(NoiseStructure.DENSE), RUN_SEED, Update(step, (Term(0, 0, gap / 40),)))
     assert bool((nearest == 1.5).all())
     travelled = (theta.double() - 1.5) * -u.double()
     wanted = float(((exact - 1.5) * -u.double()).mean())  # 5 gaps
@@ -273,7 +273,7 @@ def test_rounding_differs_from_step_to_step() -> None:
     results = []
     for step in (0, 1):
         theta = torch.full((4096,), 1.5, dtype=torch.bfloat16)
-        apply_update_(theta, param, NoiseStructure.DENSE, RUN_SEED, Update(step, (Term(0, 0, 2.0**-8),)))
+        apply_update_(theta, param.site(NoiseStructure.DENSE), RUN_SEED, Update(step, (Term(0, 0, 2.0**-8),)))
         results.append(theta)
     agreement = float((results[0] == results[1]).double().mean())
     assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(4096)
@@ -288,5 +288,5 @@ def test_stochastic_rounding_refuses_other_formats(dtype: torch.dtype) -> None:
 def test_update_refuses_other_formats() -> None:
     theta = torch.ones(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="bfloat16 and float16"):
-        apply_update_(theta, ParamInfo("p", (3,), theta.dtype), NoiseStructure.DENSE, 0, Update(0, TERMS))
+        apply_update_(theta, ParamInfo("p", (3,), theta.dtype).site(NoiseStructure.DENSE), 0, Update(0, TERMS))
     assert torch.equal(theta, torch.ones(3, dtype=torch.float64))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
-from zo_ds.maths.update import perturb
+from zo_ds.ops import api as ops
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,8 @@ class Perturber:
                 why="ZeRO-3 gathers a parameter for the forward of its module, and only then",
                 remedy="call the module instead of reading its weight, or use ZeRO stage 0",
             )
-        perturb(
-            theta.contiguous(),
-            info,
-            self._structure,
-            displacement.seed,
-            displacement.direction,
-            displacement.eps,
-            out=out,
-        )
+        site, step = info.site(self._structure), displacement
+        ops.perturb(theta.contiguous(), site, step.seed, [step.direction], [step.eps], out=out.unsqueeze(0))
         self._originals[parameter] = theta
         parameter.data = out
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from zo_ds.errors import CorruptRunError
 from zo_ds.journal.journal import Contents
-from zo_ds.maths.update import apply_updates_
+from zo_ds.ops import api as ops
+from zo_ds.ops.plan import Plan
 from zo_ds.stores.base import weights_sha256
 
 
@@ -37,9 +38,9 @@ def replay_(
     if steps is not None and not 0 <= steps <= len(records):
         raise ValueError(f"the journal has {len(records)} steps, asked for {steps}")
     _check_base(tensors, journal)
-    updates = [record.update for record in records[:steps] if record.skip is None]
+    plan = Plan.of(header.run_seed, [record.update for record in records[:steps] if record.skip is None])
     for info in header.parameters:
-        apply_updates_(tensors[info.name], info, header.noise, header.run_seed, updates)
+        ops.apply_([tensors[info.name]], [info.site(header.noise)], plan)
         if progress is not None:
             progress(info.name)
     return weights_sha256((info.name, tensors[info.name]) for info in header.parameters)

@@ -51,6 +51,28 @@ class ParamInfo:
         """True if weight decay applies and noise may be factored: two dimensions or more."""
         return len(self.shape) >= 2
 
+    def site(self, structure: NoiseStructure, start: int = 0) -> Site:
+        """Where a slice that begins at element ``start`` of this parameter lies in the noise."""
+        factored = structure is NoiseStructure.FACTORED and self.is_matrix and self.numel > 0
+        return Site(self.param_id, start, self.numel // self.shape[0] if factored else 0, self.is_matrix)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a contiguous slice of a parameter lies in the noise.
+
+    Attributes:
+        param_id: see `noise.param_id`.
+        start: index of its first element in the whole parameter.
+        columns: length of a row of the whole parameter if its directions are factored, 0 if they are dense.
+        decays: whether weight decay applies.
+    """
+
+    param_id: int
+    start: int = 0
+    columns: int = 0
+    decays: bool = False
+
 
 def chunks(start: int, count: int) -> Iterator[tuple[int, int]]:
     """Cut elements ``start .. start + count - 1`` at multiples of `CHUNK`; yields (start, count)."""
@@ -62,8 +84,7 @@ def chunks(start: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def scaled_signs(
-    param: ParamInfo,
-    structure: NoiseStructure,
+    site: Site,
     seed: int,
     directions: Sequence[int],
     scales: Sequence[float],
@@ -74,8 +95,7 @@ def scaled_signs(
     """``scale_i * u_i`` of a slice, one fp32 [count] tensor for each direction in order.
 
     Args:
-        param: whose elements.
-        structure: how the directions are built.
+        site: whose elements; its own start is not used.
         seed: step seed.
         directions: N numbers.
         scales: N factors; each is rounded to fp32, and multiplying it by a sign is exact.
@@ -83,19 +103,19 @@ def scaled_signs(
         count: elements of the slice.
         device: where the result is wanted.
     """
-    if structure is NoiseStructure.FACTORED and param.is_matrix:
-        yield from _factored(param, seed, directions, scales, start, count, device)
+    if site.columns:
+        yield from _factored(site, seed, directions, scales, start, count, device)
         return
     first = start // noise.TILE
     tiles = -(-(start + count) // noise.TILE) - first
-    packed = noise.sign_bytes(seed, param.param_id, directions, first, tiles, device=device)
+    packed = noise.sign_bytes(seed, site.param_id, directions, first, tiles, device=device)
     table = noise.sign_table(device)
     for row, scale in enumerate(scales):
         yield (table * scale).index_select(0, packed[row]).view(-1).narrow(0, start - first * noise.TILE, count)
 
 
 def _factored(
-    param: ParamInfo,
+    site: Site,
     seed: int,
     directions: Sequence[int],
     scales: Sequence[float],
@@ -103,18 +123,11 @@ def _factored(
     count: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    columns = param.numel // param.shape[0]
+    columns = site.columns
     first_row, last_row = start // columns, (start + count - 1) // columns
+    rows = last_row - first_row + 1
+    left, right = noise.Stream.LEFT, noise.Stream.RIGHT
     for direction, scale in zip(directions, scales, strict=True):
-        left = noise.signs(
-            seed,
-            param.param_id,
-            direction,
-            first_row,
-            last_row - first_row + 1,
-            stream=noise.Stream.LEFT,
-            device=device,
-        )
-        right = noise.signs(seed, param.param_id, direction, 0, columns, stream=noise.Stream.RIGHT, device=device)
-        rows = torch.outer(left * scale, right)
-        yield rows.view(-1).narrow(0, start - first_row * columns, count)
+        a = noise.signs(seed, site.param_id, direction, first_row, rows, stream=left, device=device)
+        b = noise.signs(seed, site.param_id, direction, 0, columns, stream=right, device=device)
+        yield torch.outer(a * scale, b).view(-1).narrow(0, start - first_row * columns, count)

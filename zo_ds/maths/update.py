@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.maths import noise
-from zo_ds.maths.directions import NoiseStructure, ParamInfo, chunks, scaled_signs
+from zo_ds.maths.directions import Site, chunks, scaled_signs
 
 UPDATE_VERSION = 1
 
@@ -50,83 +50,81 @@ class Update:
     terms: tuple[Term, ...]
     decay: float = 0.0
 
+    @property
+    def shrink(self) -> float:
+        """What decaying weights are multiplied by: fp32(1 - decay), the difference taken in fp64."""
+        return float(torch.tensor(1.0 - self.decay, dtype=torch.float32))
 
-def perturb(
-    theta: Tensor,
-    param: ParamInfo,
-    structure: NoiseStructure,
-    seed: int,
-    direction: int,
-    eps: float,
-    start: int = 0,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``theta + eps * u`` of a slice, out of place, rounded to nearest in theta's dtype.
+
+def perturb(theta: Tensor, site: Site, seed: int, direction: int, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """``theta + eps * u`` of a slice, out of place, rounded to nearest.
 
     Args:
         theta: contiguous slice of a parameter, any shape, fp32 / bf16 / fp16.
-        param: the whole parameter.
-        structure: how directions are built.
+        site: where it lies in the noise.
         seed: step seed.
         direction: number of the direction.
         eps: radius, signed (two-sided estimators evaluate at -eps too).
-        start: index of theta's first element in the whole parameter.
-        out: where to write, contiguous and of theta's shape and dtype; made anew if None.
+        out: where to write, contiguous, of theta's shape, in its dtype or fp32; made anew in its dtype if None.
     """
     out = torch.empty_like(theta) if out is None else out
     flat_in, flat_out = theta.view(-1), out.view(-1)
-    for at, count in chunks(start, theta.numel()):
-        (noise_chunk,) = scaled_signs(param, structure, seed, [direction], [eps], at, count, theta.device)
-        source = flat_in.narrow(0, at - start, count)
-        target = flat_out.narrow(0, at - start, count)
-        if theta.dtype == torch.float32:
-            torch.add(source, noise_chunk, out=target)
-        else:
-            target.copy_(noise_chunk.add_(source))
+    for at, count in chunks(site.start, theta.numel()):
+        (noise_chunk,) = scaled_signs(site, seed, [direction], [eps], at, count, theta.device)
+        source = flat_in.narrow(0, at - site.start, count)
+        flat_out.narrow(0, at - site.start, count).copy_(noise_chunk.add_(source))
     return out
 
 
-def apply_update_(
-    theta: Tensor, param: ParamInfo, structure: NoiseStructure, run_seed: int, update: Update, start: int = 0
+def step_(
+    theta: Tensor,
+    site: Site,
+    seeds: Sequence[int],
+    directions: Sequence[int],
+    coefficients: Sequence[float],
+    shrink: float,
+    rounding_seed: int,
 ) -> None:
-    """Apply one update in place to a slice of a parameter.
+    """``theta <- round(theta * shrink - sum_i c_i u_i)`` in place, the terms in order.
 
     Args:
         theta: contiguous slice of a parameter, fp32 (rounded to nearest) or bf16 / fp16 (stochastic rounding).
-        param: the whole parameter.
-        structure: how directions are built.
-        run_seed: with the steps of the terms it gives the noise.
-        update: what to apply.
-        start: index of theta's first element in the whole parameter.
+        site: where it lies in the noise.
+        seeds: step seed of each term.
+        directions: direction of each term.
+        coefficients: fp32 value of each term, in weight units.
+        shrink: fp32 factor; not applied where the site does not decay.
+        rounding_seed: step seed that keys stochastic rounding.
     """
     flat = theta.view(-1)
-    shrink = torch.tensor(1.0 - update.decay if param.is_matrix else 1.0, dtype=torch.float32).item()
-    for at, count in chunks(start, flat.numel()):
-        piece = flat.narrow(0, at - start, count)
+    terms = list(zip(seeds, directions, coefficients, strict=True))
+    for at, count in chunks(site.start, flat.numel()):
+        piece = flat.narrow(0, at - site.start, count)
         total = piece.to(torch.float32, copy=True)
-        if shrink != 1.0:
+        if site.decays and shrink != 1.0:
             total.mul_(shrink)
-        for step, group in groupby(update.terms, key=lambda term: term.step):
-            terms = list(group)
-            seed = noise.step_seed(run_seed, step)
-            numbers, scales = [t.direction for t in terms], [t.coefficient for t in terms]
-            for scaled in scaled_signs(param, structure, seed, numbers, scales, at, count, theta.device):
+        for seed, group in groupby(terms, key=lambda term: term[0]):
+            _, numbers, scales = zip(*group, strict=True)
+            for scaled in scaled_signs(site, seed, numbers, scales, at, count, theta.device):
                 total.sub_(scaled)
         if theta.dtype == torch.float32:
             piece.copy_(total)
         else:
-            seed = noise.step_seed(run_seed, update.step)
-            bits = noise.rounding_bits(seed, param.param_id, at, count, device=theta.device)
+            bits = noise.rounding_bits(rounding_seed, site.param_id, at, count, device=theta.device)
             piece.copy_(round_stochastically(total, theta.dtype, bits))
 
 
-def apply_updates_(
-    theta: Tensor, param: ParamInfo, structure: NoiseStructure, run_seed: int, updates: Sequence[Update], start: int = 0
-) -> None:
+def apply_update_(theta: Tensor, site: Site, run_seed: int, update: Update) -> None:
+    """Apply one update in place to a slice of a parameter, see `step_`; with the run seed its steps give the noise."""
+    seeds = [noise.step_seed(run_seed, term.step) for term in update.terms]
+    directions, coefficients = [t.direction for t in update.terms], [t.coefficient for t in update.terms]
+    step_(theta, site, seeds, directions, coefficients, update.shrink, noise.step_seed(run_seed, update.step))
+
+
+def apply_updates_(theta: Tensor, site: Site, run_seed: int, updates: Sequence[Update]) -> None:
     """Apply several updates in order, each with its own rounding: equal to as many calls of `apply_update_`."""
     for update in updates:
-        apply_update_(theta, param, structure, run_seed, update, start)
+        apply_update_(theta, site, run_seed, update)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
-from zo_ds.maths.update import Update, apply_update_
+from zo_ds.maths.update import Update
+from zo_ds.ops import api as ops
+from zo_ds.ops.plan import Plan
 
 
 def trainable_parameters(model: nn.Module) -> dict[nn.Parameter, ParamInfo]:
@@ -81,9 +83,10 @@ class WeightStore(ABC):
 
     def apply(self, run_seed: int, update: Update) -> None:
         """Apply an update to all that this rank holds."""
-        for parameter, info in self.parameters.items():
-            with self.local_shard(parameter) as (start, flat):
-                apply_update_(flat, info, self.structure, run_seed, update, start)
+        with ExitStack() as held:
+            shards = [(info, *held.enter_context(self.local_shard(p))) for p, info in self.parameters.items()]
+            sites = [info.site(self.structure, start) for info, start, _ in shards]
+            ops.apply_([flat for _, _, flat in shards], sites, Plan.of(run_seed, [update]))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite trainable parameters by name.

@@ -13,6 +13,8 @@ import psutil
 import torch
 
 import zo_ds
+from zo_ds.ops.builder import CPUOpBuilder, Report
+from zo_ds.ops.cuda_builder import CUDAOpBuilder
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
 GIB = 2**30
@@ -39,9 +41,15 @@ def describe(world_size: int, threads: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": world_size,
         "threads_per_rank": threads,
+        "ops": {report.name: report.active for report in op_reports()},
         "packages": {name: _version(name) for name in _PACKAGES},
         "command": sys.argv,
     }
+
+
+def op_reports() -> list[Report]:
+    """Which compiled ops are active, and why."""
+    return [CPUOpBuilder().report(), CUDAOpBuilder().report()]
 
 
 def memory_gib() -> float:
