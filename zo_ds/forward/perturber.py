@@ -113,15 +113,15 @@ class Perturber:
             for hook in hooks:
                 hook.remove()
 
-    def _subject(self, module: nn.Module) -> list[nn.Parameter]:
+    def _subject(self, module: nn.Module, args: tuple[Any, ...]) -> list[nn.Parameter]:
         # A dictionary, since a module may hold one parameter under two names.
-        subject = dict.fromkeys(p for p in _own_parameters(module) if p in self._infos)
-        return list(subject | self._guests.get(module, {}))
+        own = [] if _only_gathers_rows(module, args) else [p for p in _own_parameters(module) if p in self._infos]
+        return list(dict.fromkeys(own) | self._guests.get(module, {}))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._displacement is None:
             return
-        for parameter in self._subject(module):
+        for parameter in self._subject(module, args):
             self._depth[parameter] = self._depth.get(parameter, 0) + 1
             if self._depth[parameter] == 1:
                 self._show(parameter, self._displacement)
@@ -143,10 +143,12 @@ class Perturber:
         self._originals[parameter] = theta
         parameter.data = out
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._displacement is None:
-            return
-        for parameter in self._subject(module):
+            return None
+        if output is not None and _only_gathers_rows(module, args):
+            output = self._rows(module, args[0], output)
+        for parameter in self._subject(module, args):
             depth = self._depth.get(parameter, 0)
             if depth == 1:
                 shown = parameter.data
@@ -155,11 +157,25 @@ class Perturber:
                 if _is_unshared(shown):
                     self._scratch[(shown.shape, shown.dtype)].append(shown)
             self._depth[parameter] = max(0, depth - 1)
+        return output
+
+    def _rows(self, module: nn.Module, ids: Tensor, output: Tensor) -> Tensor:
+        """What an embedding gives at the displaced weights, without displacing the whole table."""
+        (table,), at = _own_parameters(module), self._displacement
+        if at is None or table not in self._infos or table in self._originals:
+            return output
+        site = self._infos[table].site(self._structure)
+        return ops.embedding_rows(table.data.contiguous(), ids.long(), site, at.seed, [at.direction], [at.eps])[0]
 
 
 def _is_unshared(tensor: Tensor) -> bool:
     """Whether nothing else refers to a tensor's memory: one reference is the tensor's, one this function's."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
+
+
+def _only_gathers_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    # Subclasses may do more, and max_norm writes to the table.
+    return type(module) is nn.Embedding and len(args) == 1 and module.max_norm is None
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
