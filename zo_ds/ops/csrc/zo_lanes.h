@@ -82,6 +82,12 @@ enum { kHalves = 2, kGroups = ZO_LANES == 16 ? 2 : 1 };
 
 ZO_FN F32 zo_float(U32 bits) { return (F32)bits; }
 ZO_FN U32 zo_bits(F32 x) { return (U32)x; }
+typedef U64 Sum;
+ZO_FN uint64_t zo_total(Sum sum) {
+  uint64_t total = 0;
+  for (int i = 0; i < ZO_LANES / 2; ++i) total += sum[i];
+  return total;
+}
 // Both sides below 2**31.
 ZO_FN I32 zo_above(U32 a, uint32_t b) { return (I32)a > (int32_t)b; }
 ZO_FN U32 zo_select(I32 condition, U32 yes, U32 no) { return condition ? yes : no; }
@@ -155,12 +161,10 @@ ZO_FN void zo_put_words(uint16_t* out, const U32 w[4]) {
     _mm_storeu_si128((__m128i*)(out + 8 * (i + 4)), _mm256_extracti128_si256(blocks[i], 1));
   }
 }
-typedef U64 Sum;
 ZO_FN Sum zo_dot(U32 x, U32 weight) {
   return (U64)_mm256_mul_epu32((__m256i)x, (__m256i)weight) +
          (U64)_mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), _mm256_srli_epi64((__m256i)weight, 32));
 }
-ZO_FN uint64_t zo_total(Sum sum) { return sum[0] + sum[1] + sum[2] + sum[3]; }
 
 #elif ZO_LANES == 16
 ZO_FN U64 zo_product(U64 x, uint32_t m) {
@@ -206,11 +210,9 @@ ZO_FN void zo_put_words(uint16_t* out, const U32 w[4]) {
     _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(blocks[i], 3));
   }
 }
-typedef U64 Sum;
 ZO_FN Sum zo_dot(U32 x, U32 weight) {
   return (U64)_mm512_mul_epu32((__m512i)x, (__m512i)weight) +
          (U64)_mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), _mm512_srli_epi64((__m512i)weight, 32));
 }
-ZO_FN uint64_t zo_total(Sum sum) { return (uint64_t)_mm512_reduce_add_epi64((__m512i)sum); }
 #endif
 #endif
