@@ -125,3 +125,19 @@ def updated(
     for coefficient, u in terms:
         total = fp32(total - fp32(coefficient) * u)
     return total if dtype == "float32" else stochastic(total, dtype, bits)
+
+
+def lowbias32(x: int) -> int:
+    """The 32-bit mixer of C. Wellons."""
+    x = (x ^ x >> 16) * 0x7FEB352D & M32
+    x = (x ^ x >> 15) * 0x846CA68B & M32
+    return x ^ x >> 16
+
+
+def state_hash(patterns: Sequence[int], param: int, start: int) -> int:
+    """Hash version 1 of elements start, start + 1, ... with these bit patterns: sum of products, modulo 2**64."""
+    total = 0
+    for j, pattern in enumerate(patterns, start):
+        place = lowbias32((j % 4096 + 0x9E3779B9) & M32) | 1
+        total += pattern * place * (splitmix64((splitmix64(param) + j // 4096) & M64) | 1)
+    return total & M64

@@ -173,7 +173,8 @@ def test_the_reader_sees_imports_inside_functions_and_relative_ones() -> None:
     ("layer", "may", "may_not"),
     [
         ("maths", {"errors"}, {"stores", "forward", "engine", "data", ""}),
-        ("stores", {"maths", "errors"}, {"forward", "parallel", "engine", "models", ""}),
+        ("ops", {"maths", "errors", "fetch"}, {"stores", "forward", "engine", ""}),
+        ("stores", {"maths", "ops", "errors"}, {"forward", "parallel", "engine", "models", ""}),
         ("journal", {"stores", "parallel"}, {"engine", "tasks", ""}),
         ("engine", {"journal", "config"}, {"trainer", "evaluation", "data", "tasks", "models", "cli", ""}),
         ("trainer", {"engine", "models", "evaluation", ""}, {"cli", "launch"}),

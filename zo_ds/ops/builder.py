@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
@@ -101,26 +102,51 @@ def _load_cpu() -> tuple[ctypes.CDLL | None, str]:
         if not cached.exists():
             command = compiler()
             if command is None:
-                raise MachineError("no C++ compiler", why=f"looked for {os.environ.get('CXX') or ', '.join(COMPILERS)}")
+                looked = os.environ.get("CXX") or ", ".join(COMPILERS)
+                raise MachineError(
+                    "there is no C++ compiler",
+                    why=f"looked for {looked}",
+                    remedy="install one (Debian: g++), or set CXX",
+                )
             _log.info("compiling the CPU ops with %s, once", command)
             build_once(cached.parent, lambda folder: _compile(folder / cached.name, command))
-        if library := _matching(cached):
-            return library, f"compiled: {cached}"
-        raise MachineError(f"{cached} cannot be loaded", remedy="delete its folder")
+        library = _matching(cached) if _is_intact(cached) else None
+        if library is None:
+            raise MachineError(
+                "the library of CPU ops is damaged or from another machine",
+                where=str(cached),
+                why="it cannot be loaded",
+                remedy=f"delete {cached.parent}; it will be compiled again",
+            )
+        return library, f"compiled: {cached}"
     except MachineError as error:
-        _log.warning(
-            "no compiled CPU ops: %s. Perturbations and updates run in torch, 10 to 100 times slower. Install a C++ "
-            "compiler (Debian: g++); `zo_ds doctor` tells more.",
-            error.what,
-        )
-        return None, ": ".join(filter(None, (error.what, error.why)))
+        _log.warning("no compiled CPU ops: perturbations and updates run in torch, 10 to 60 times slower\n%s", error)
+        return None, ": ".join(filter(None, (error.what, error.where, error.why)))
 
 
 def _compile(target: Path, command: str) -> None:
     try:
         compile_cpu(target, command)
     except CompileError as error:
-        raise MachineError("the CPU ops do not compile", where=command, why=str(error)) from error
+        raise MachineError(
+            "the CPU ops do not compile",
+            where=command,
+            why=str(error),
+            remedy="set CXX to another compiler (g++ 9 or later, clang++ 12 or later)",
+        ) from error
+    _checksum(target).write_text(hashlib.sha256(target.read_bytes()).hexdigest(), encoding="ascii")
+
+
+def _checksum(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_intact(library: Path) -> bool:
+    """Loading half a library would kill the process."""
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == _checksum(library).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _cached() -> Path:

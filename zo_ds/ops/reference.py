@@ -14,6 +14,7 @@ from zo_ds.ops.plan import signed
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
+@torch.no_grad()
 def perturb_(
     out: Tensor,
     theta: Tensor,
@@ -25,10 +26,11 @@ def perturb_(
     columns: int,
 ) -> None:
     """See `zo_ds.ops.api.perturb`."""
-    for row, direction, radius in zip(out.view(len(directions), -1), directions, eps, strict=True):
+    for row, direction, radius in zip(out.view(len(directions), theta.numel()), directions, eps, strict=True):
         update.perturb(theta.view(-1), Site(param, start, columns), seed & _MASK64, direction, radius, out=row)
 
 
+@torch.no_grad()
 def embedding_rows_(
     out: Tensor,
     table: Tensor,
@@ -41,7 +43,7 @@ def embedding_rows_(
 ) -> None:
     """See `zo_ds.ops.api.embedding_rows`."""
     width = table.shape[1]
-    rows = out.view(len(directions), -1, width)
+    rows = out.view(len(directions), ids.numel(), width)
     for place, row in enumerate(ids.view(-1).tolist()):
         start, columns = row * width, width if factored else 0
         for replica, (direction, radius) in enumerate(zip(directions, eps, strict=True)):
@@ -49,6 +51,7 @@ def embedding_rows_(
             update.perturb(table[row], site, seed & _MASK64, direction, radius, out=rows[replica, place])
 
 
+@torch.no_grad()
 def update_(
     thetas: Sequence[Tensor],
     params: Sequence[int],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from zo_ds.evaluation.accuracy import Evaluation, evaluate
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import Header
 from zo_ds.models.load import LoadedModel
+from zo_ds.ops.builder import Report
 from zo_ds.parallel.channel import Channel, agree, open_channel
 from zo_ds.tasks.scoring import Batch, Scorer
-from zo_ds.trainer.environment import describe, peak_rss_gib, use_threads
+from zo_ds.trainer.environment import describe, op_reports, peak_rss_gib, use_threads
 from zo_ds.trainer.job import Plan, check, encode_units, load, make_sampler, read_weights, truncation_note
 from zo_ds.trainer.report import Progress, clock, log, start_logging
 from zo_ds.trainer.run_dir import RunDir, default_run_dir
@@ -46,6 +48,7 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
     channel = open_channel(config.parallel.timeout_s)
     threads = use_threads(config.parallel.threads, channel.local_world_size)
     start_logging(channel.rank)
+    compiled = op_reports()
     plan = check(config, channel)
     run_dir = _open_run_dir(config, channel)
     try:
@@ -57,7 +60,7 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
     path = _shared_path(run_dir, channel)
     start_logging(channel.rank, path)
     try:
-        _announce(plan, channel, threads, path)
+        _announce(plan, channel, threads, path, compiled)
         if run_dir is not None:
             run_dir.explain(given, overrides, plan.resolved(threads, path), plan.deepspeed)
             run_dir.write_json("env.json", describe(channel.world_size, threads))
@@ -90,13 +93,14 @@ def _shared_path(run_dir: RunDir | None, channel: Channel) -> Path:
     return Path(raw.rstrip(b"\0").decode())
 
 
-def _announce(plan: Plan, channel: Channel, threads: int, path: Path) -> None:
+def _announce(plan: Plan, channel: Channel, threads: int, path: Path, compiled: Sequence[Report]) -> None:
     zo, training = plan.config.zeroth_order, plan.config.training
     log.info(
         "%s",
         f"zo_ds {zo_ds.__version__}: {zo.estimator.value}, N = {zo.num_directions}, eps {zo.eps:g}, lr {zo.lr:g}, "
         f"{training.steps} steps of {training.batch_size}, {channel.world_size} rank(s) x {threads} thread(s), "
-        f"ZeRO stage {plan.deepspeed['zero_optimization']['stage']}",
+        f"ZeRO stage {plan.deepspeed['zero_optimization']['stage']}, "
+        f"ops {', '.join(f'{op.name} {op.active}' for op in compiled if op.active != '-')}",
     )
     log.info("%s", f"run directory {path}")
 
