@@ -158,8 +158,8 @@ def plan_of(rng: random.Random, updates: int) -> list[Tensor]:
 
 
 def update_case(rng: random.Random, large: bool) -> Case:
-    slices, updates = rng.choice([1, 1, 2, 5]), rng.choice([0, 1, 1, 2, 4])
-    sizes = [size(rng, large and k == 0) if k == 0 or rng.random() < 0.3 else rng.randrange(700) for k in range(slices)]
+    slices, updates = rng.choice([1, 1, 2, 5, 12]), rng.choice([0, 1, 1, 2, 4])
+    sizes = [size(rng, large and k == 0) if k == 0 or rng.random() < 0.2 else rng.randrange(700) for k in range(slices)]
     thetas = [weights(rng, n, rng.choice(DTYPES)) for n in sizes]
     starts, columns = zip(*[place(rng) for _ in sizes], strict=True)
     params, decays = rng.choices(range(2**32), k=slices), rng.choices([True, False], k=slices)
@@ -202,7 +202,7 @@ CASES = [perturb_case, embedding_rows_case, update_case, signs_case, state_hash_
 def test_random_cases_have_the_bits_of_the_reference(
     make: Callable[[random.Random, bool], Case], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(40):
+    for number in range(25):
         case = make(random.Random(1000 * batch + number), number == 0 and batch % 3 == 0)
         expected = case(reference)
         for isa, name in enumerate(INSTRUCTION_SETS[: BEST + 1]):

@@ -86,6 +86,11 @@ def compile_other(target: Path, digest: str) -> None:
     target.with_suffix(".sha256").write_text(hashlib.sha256(target.read_bytes()).hexdigest())
 
 
+@needs_compiler
+def test_there_is_a_library_wherever_there_is_a_compiler() -> None:
+    assert LIBRARY is not None, CPUOpBuilder().report().why
+
+
 def test_the_reference_can_be_asked_for(tmp_path: Path) -> None:
     asked = start(ZO_DS_OPS="reference", ZO_DS_CACHE=str(tmp_path))
     assert finish(asked) == ("torch reference", "ZO_DS_OPS=reference", [])

@@ -76,7 +76,7 @@ class CPUOpBuilder(OpBuilder):
 
     def is_compatible(self, verbose: bool = False) -> bool:
         """True with a library from the wheel or the cache, or with a compiler."""
-        compatible = bool(_matching(PREBUILT) or _cached().exists() or compiler())
+        compatible = bool(_matching(PREBUILT) or compiler() or _cached().exists())
         if verbose and not compatible:
             _log.warning("%s: no library in the package or cache, and no C++ compiler", self.NAME)
         return compatible
@@ -97,8 +97,8 @@ def _load_cpu() -> tuple[ctypes.CDLL | None, str]:
         return None, "ZO_DS_OPS=reference"
     if prebuilt := _matching(PREBUILT):
         return prebuilt, f"in the package: {PREBUILT}"
-    cached = _cached()
     try:
+        cached = _cached()
         if not cached.exists():
             command = compiler()
             if command is None:
