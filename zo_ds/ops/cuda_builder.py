@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +94,10 @@ def nvrtc() -> ctypes.CDLL | None:
     """The run-time compiler of torch's CUDA version, from the system or from NVIDIA's wheels."""
     major = (torch.version.cuda or os.environ.get("CUDA_VERSION") or "13").split(".", 1)[0]
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    for path in packages.glob(f"**/libnvrtc-builtins.so.{major}*"):
+        # NVRTC opens its built-ins by their bare name, which finds those of a wheel only if they are loaded already.
+        with suppress(OSError):
+            ctypes.CDLL(str(path))
     for name in (f"libnvrtc.so.{major}", *map(str, sorted(packages.glob(f"**/libnvrtc.so.{major}")))):
         try:
             return ctypes.CDLL(name)

@@ -11,9 +11,27 @@ enum { kRun = 8, kThreads = 128, kBlockOfDirections = 4 };
 
 struct alignas(16) Quad { uint32_t x, y, z, w; };
 
+// Sixteen bytes of global memory in one access: left alone, the compiler splits some and takes addresses out of a table
+// for generic ones.
+#if defined(__CUDACC__)
+ZO_FN Quad zo_get_quad(const void* from) {
+  Quad q;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return q;
+}
+ZO_FN void zo_put_quad(void* to, Quad q) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               : : "l"(__cvta_generic_to_global(to)), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+}
+#else
+ZO_FN Quad zo_get_quad(const void* from) { return *(const Quad*)from; }
+ZO_FN void zo_put_quad(void* to, Quad q) { *(Quad*)to = q; }
+#endif
+
 // Eight neighbours at a multiple of 16 bytes.
 ZO_FN void zo_read(const float* from, float v[kRun]) {
-  const Quad a = *(const Quad*)from, b = *((const Quad*)from + 1);
+  const Quad a = zo_get_quad(from), b = zo_get_quad(from + 4);
   v[0] = zo_float(a.x), v[1] = zo_float(a.y), v[2] = zo_float(a.z), v[3] = zo_float(a.w);
   v[4] = zo_float(b.x), v[5] = zo_float(b.y), v[6] = zo_float(b.z), v[7] = zo_float(b.w);
 }
@@ -21,7 +39,7 @@ ZO_FN float zo_value(const Bf16*, uint32_t bits) { return zo_float(bits << 16); 
 ZO_FN float zo_value(const Fp16*, uint32_t bits) { return zo_fp16_value(bits); }
 template <class T>
 ZO_FN void zo_read(const T* from, float v[kRun]) {
-  const Quad a = *(const Quad*)from;
+  const Quad a = zo_get_quad(from);
   const uint32_t pairs[4] = {a.x, a.y, a.z, a.w};
   ZO_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -51,8 +69,8 @@ ZO_FN uint32_t zo_half(const Fp16*, float x, uint32_t random) { return zo_fp16_s
 
 ZO_FN void zo_store_run(float* slice, int64_t at, int64_t n, bool whole, const float v[kRun]) {
   if (whole) {
-    *(Quad*)(slice + at) = {zo_bits(v[0]), zo_bits(v[1]), zo_bits(v[2]), zo_bits(v[3])};
-    *((Quad*)(slice + at) + 1) = {zo_bits(v[4]), zo_bits(v[5]), zo_bits(v[6]), zo_bits(v[7])};
+    zo_put_quad(slice + at, {zo_bits(v[0]), zo_bits(v[1]), zo_bits(v[2]), zo_bits(v[3])});
+    zo_put_quad(slice + at + 4, {zo_bits(v[4]), zo_bits(v[5]), zo_bits(v[6]), zo_bits(v[7])});
   } else {
     ZO_UNROLL
     for (int e = 0; e < kRun; ++e)
@@ -62,9 +80,9 @@ ZO_FN void zo_store_run(float* slice, int64_t at, int64_t n, bool whole, const f
 template <class T>
 ZO_FN void zo_store_run(T* slice, int64_t at, int64_t n, bool whole, const float v[kRun]) {
   if (whole) {
-    *(Quad*)(slice + at) = {
+    zo_put_quad(slice + at, {
         zo_half(slice, v[0]) | zo_half(slice, v[1]) << 16, zo_half(slice, v[2]) | zo_half(slice, v[3]) << 16,
-        zo_half(slice, v[4]) | zo_half(slice, v[5]) << 16, zo_half(slice, v[6]) | zo_half(slice, v[7]) << 16};
+        zo_half(slice, v[4]) | zo_half(slice, v[5]) << 16, zo_half(slice, v[6]) | zo_half(slice, v[7]) << 16});
   } else {
     ZO_UNROLL
     for (int e = 0; e < kRun; ++e)
