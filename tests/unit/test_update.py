@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zo_ds.maths import directions, noise
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
-from zo_ds.maths.update import Term, Update, apply_update_, apply_updates_, perturb, round_stochastically
+from zo_ds.maths.update import Term, Update, apply_update_, perturb, round_stochastically
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -162,18 +162,6 @@ def test_far_slices_equal_the_oracle(start: int, dtype: torch.dtype) -> None:
         expected = expected_update(theta, param, structure, update, start)
         apply_update_(theta, param.site(structure, start), RUN_SEED, update)
         assert torch.equal(theta, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_several_updates_equal_as_many_calls(dtype: torch.dtype) -> None:
-    param = ParamInfo("p", (50, 20), dtype)
-    updates = [Update(step, (Term(step, 0, 1e-4), Term(step, 1, -3e-4)), decay=1e-3) for step in range(5)]
-    together, apart = weights(1000, dtype), weights(1000, dtype)
-    apply_updates_(together, param.site(NoiseStructure.DENSE), RUN_SEED, updates)
-    for update in updates:
-        apply_update_(apart, param.site(NoiseStructure.DENSE), RUN_SEED, update)
-    assert torch.equal(together, apart)
-    assert not torch.equal(together, weights(1000, dtype))
 
 
 @settings(max_examples=400, deadline=None)

@@ -121,12 +121,6 @@ def apply_update_(theta: Tensor, site: Site, run_seed: int, update: Update) -> N
     step_(theta, site, seeds, directions, coefficients, update.shrink, noise.step_seed(run_seed, update.step))
 
 
-def apply_updates_(theta: Tensor, site: Site, run_seed: int, updates: Sequence[Update]) -> None:
-    """Apply several updates in order, each with its own rounding: equal to as many calls of `apply_update_`."""
-    for update in updates:
-        apply_update_(theta, site, run_seed, update)
-
-
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Round fp32 to a 16-bit format, up in magnitude with the probability of the fraction that is cut off.
 
