@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,18 +16,11 @@ from zo_ds.maths import noise
 from zo_ds.maths.directions import NoiseStructure, ParamInfo, scaled_signs
 from zo_ds.maths.estimators import Estimator, EstimatorSpec, Probe, SkipReason, SpreadStd, Verdict, probes, verdict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FZOO, MEZO, ZO_SGD = Estimator.FZOO, Estimator.MEZO, Estimator.ZO_SGD
 LR, EPS = 3e-4, 1e-2
 loss = st.floats(0.01, 20.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors here are too small to share: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def decide(losses: list[float] | np.ndarray, spec: EstimatorSpec, lr: float = LR, eps: float = EPS) -> Verdict:

@@ -22,6 +22,8 @@ from zo_ds.ops import api, cpu, reference
 from zo_ds.ops.builder import INSTRUCTION_SETS, CPUOpBuilder
 from zo_ds.ops.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIBRARY = CPUOpBuilder().load()
 BEST = -1 if LIBRARY is None else LIBRARY.zo_cpu_best_isa()
@@ -32,15 +34,6 @@ COEFFICIENTS = [0.0, -0.0, 1e-41, -1e-41, 3e38, math.inf, math.nan]
 
 Case = Callable[[ModuleType], list[Tensor]]
 """Runs one op of a module, `cpu` or `reference`; returns whole buffers, so that a write beside a slice is seen."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two where a test says so: on a busy machine threads that wait for each other are slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @contextmanager

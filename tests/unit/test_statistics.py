@@ -7,7 +7,7 @@ million. Rounding: 4 standard errors for a mean or a variance. The last tests da
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ from zo_ds.ops import api
 from zo_ds.ops.builder import CPUOpBuilder
 from zo_ds.ops.plan import Plan
 
-pytestmark = pytest.mark.skipif(CPUOpBuilder().load() is None, reason="needs the compiled CPU ops")
+pytestmark = [
+    pytest.mark.skipif(CPUOpBuilder().load() is None, reason="needs the compiled CPU ops"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 RUN, SEED, PARAM = 2024, step_seed(2024, 11), param_id("model.layers.3.mlp.up_proj.weight")
 SHORT, MEDIUM, VERY_LONG = 1 << 18, 1 << 20, 1 << 27
@@ -42,15 +45,6 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "tiles": [{"start": i} for i in (*range(0, 48 * SHORT, SHORT), *POWERS[24:63], *(5 * x for x in POWERS[51:60]))],
     "streams": [{"direction": i, "stream": stream} for stream in Stream for i in range(24)],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(
