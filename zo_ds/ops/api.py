@@ -74,12 +74,13 @@ def embedding_rows(
 
     Raises:
         ValueError: a tensor has another shape, dtype or layout than said here.
-        IndexError: an id is not a row.
+        IndexError: an id is not a row (looked at on the CPU only).
     """
     _check_floats(table, "table")
     if table.dim() != 2 or ids.dtype != torch.int64 or site.start:
         raise ValueError("embedding_rows takes a whole table [rows, width] and int64 ids")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
+    # On a GPU the check would wait for the device.
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
         raise IndexError(f"an id is outside 0..{table.shape[0] - 1}")
     shape = (len(directions), *ids.shape, table.shape[1])
     out = table.new_empty(shape) if out is None else out
