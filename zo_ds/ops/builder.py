@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 PREBUILT = Path(__file__).parent / "zo_cpu.so"
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 """What the CPU library holds, by its own numbers 0, 1, 2."""
+WITHOUT = "set ZO_DS_OPS=reference to go on without compiled ops"
 CHOICES = ("auto", "reference", *INSTRUCTION_SETS)
 
 
@@ -65,7 +66,12 @@ def choice() -> str:
     """
     wanted = os.environ.get("ZO_DS_OPS") or "auto"
     if wanted not in CHOICES:
-        raise ConfigError(f"there are no ops named {wanted!r}", where="ZO_DS_OPS", why=f"known: {', '.join(CHOICES)}")
+        raise ConfigError(
+            f"there are no ops named {wanted!r}",
+            where="ZO_DS_OPS",
+            why=f"known: {', '.join(CHOICES)}",
+            remedy="unset it, or set it to one of these",
+        )
     return wanted
 
 

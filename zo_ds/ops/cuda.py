@@ -9,12 +9,14 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_ds.errors import MachineError
 from zo_ds.ops import reference
+from zo_ds.ops.builder import WITHOUT
 from zo_ds.ops.cuda_builder import CUDAOpBuilder
 
 THREADS = 128
@@ -59,7 +61,7 @@ class _Kernels:
         self._functions: dict[str, c_void_p] = {}
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image), "cuModuleLoadData")
 
-    def launch(self, name: str, threads: int, *arguments: object) -> None:
+    def launch(self, name: str, threads: int, *arguments: Any) -> None:
         """Run a kernel on the current stream with at least so many threads."""
         if threads <= 0:
             return
@@ -68,7 +70,7 @@ class _Kernels:
             status = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
             self._check(status, f"cuModuleGetFunction({name})")
             self._functions[name] = function
-        pointers = (c_void_p * len(arguments))(*[ctypes.addressof(value) for value in arguments])  # type: ignore[arg-type]
+        pointers = (c_void_p * len(arguments))(*[ctypes.addressof(value) for value in arguments])
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
         blocks = -(-threads // THREADS)
         status = self._driver.cuLaunchKernel(
@@ -80,7 +82,7 @@ class _Kernels:
         if status:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorString(status, ctypes.byref(text))
-            raise MachineError(f"{what} failed with code {status}", why=(text.value or b"").decode())
+            raise MachineError(f"{what} failed with code {status}", why=(text.value or b"").decode(), remedy=WITHOUT)
 
 
 @cache

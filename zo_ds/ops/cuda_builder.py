@@ -16,7 +16,7 @@ import torch
 
 from zo_ds.errors import MachineError
 from zo_ds.fetch import build_once, cache_dir
-from zo_ds.ops.builder import OpBuilder, Report, choice
+from zo_ds.ops.builder import WITHOUT, OpBuilder, Report, choice
 from zo_ds.ops.sources import SOURCES, source_digest
 
 _log = logging.getLogger(__name__)
@@ -84,9 +84,9 @@ def compile_cuda(target: Path, architecture: str) -> None:
         arguments = [command, *NVCC_FLAGS, f"-arch={architecture}", str(SOURCES / KERNELS), "-o", str(target)]
         result = subprocess.run(arguments, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
-            raise MachineError("nvcc failed on the CUDA ops", where=command, why=result.stderr.strip())
+            raise MachineError("nvcc failed on the CUDA ops", where=command, why=result.stderr.strip(), remedy=WITHOUT)
     else:
-        raise MachineError(_missing())
+        raise MachineError(_missing(), remedy="install nvidia-cuda-nvrtc of torch's CUDA version with pip, or nvcc")
 
 
 @cache
@@ -119,13 +119,15 @@ def _compile_with_nvrtc(library: ctypes.CDLL, architecture: str) -> bytes:
         (ctypes.c_char_p * count)(*[name.encode() for name in headers]),
     )
     if status:
-        raise MachineError(f"NVRTC failed with code {status}")
+        raise MachineError(f"NVRTC failed with code {status}", remedy=WITHOUT)
     try:
         options = [flag.encode() for flag in (*NVRTC_FLAGS, f"--gpu-architecture={architecture}")]
         status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if status:
             log = _text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program)
-            raise MachineError("NVRTC failed on the CUDA ops", why=log.decode(errors="replace").strip("\0\n"))
+            raise MachineError(
+                "NVRTC failed on the CUDA ops", why=log.decode(errors="replace").strip("\0\n"), remedy=WITHOUT
+            )
         return _text(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -134,10 +136,10 @@ def _compile_with_nvrtc(library: ctypes.CDLL, architecture: str) -> bytes:
 def _text(size_of: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     if size_of(program, ctypes.byref(size)):
-        raise MachineError("NVRTC has no result")
+        raise MachineError("NVRTC has no result", remedy=WITHOUT)
     buffer = ctypes.create_string_buffer(size.value)
     if get(program, buffer):
-        raise MachineError("NVRTC has no result")
+        raise MachineError("NVRTC has no result", remedy=WITHOUT)
     return buffer.raw
 
 
