@@ -28,15 +28,22 @@ from zo_ds.trainer.job import check, encode_units, load, make_sampler
 PARTS = {"perturb": "perturbation", "embedding_rows": "perturbation", "apply_": "update"}
 
 
+def now() -> float:
+    """Seconds, when all that was launched has been done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(function: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
     """The function, with its time added to a part."""
 
     def call(*args: Any, **options: Any) -> Any:
-        begin = time.perf_counter()
+        begin = now()
         try:
             return function(*args, **options)
         finally:
-            spent[part] += time.perf_counter() - begin
+            spent[part] += now() - begin
 
     return call
 
@@ -64,9 +71,9 @@ def main() -> None:
         examples = [plan.splits.train[i] for i in sampler.indices(step)]
         units = encode_units(examples, config.training.micro_batch_size or len(examples), scorer, channel, device)
         spent.clear()
-        begin = time.perf_counter()
+        begin = now()
         engine.step(units)
-        whole = time.perf_counter() - begin
+        whole = now() - begin
         if step:
             rows.append({"step": whole, **{part: spent[part] for part in set(PARTS.values())}})
     medians = {key: statistics.median(row[key] for row in rows) for key in sorted(rows[0])}

@@ -1,7 +1,7 @@
 // Noise, accumulation and rounding, version 1 (docs/formats.md): the one definition behind every compiled op.
 //
 // Plain functions without torch types, templates over the lane type: U is uint32_t or a vector of them, W a 64-bit
-// counter word or a vector of them. zo_lanes.h supplies the lanes on a CPU, zo_kernels.cuh on CUDA. There is no
+// counter word or a vector of them. zo_lanes.h supplies the lanes on a CPU, zo_device.h on CUDA. There is no
 // include guard: the CPU build includes this file once per instruction set, in a namespace of its own.
 
 // A round of Philox4x32 (Salmon et al., SC 2011). Only the low half of each word counts; high halves carry leftovers.
