@@ -66,7 +66,7 @@ def script(path: Path, text: str) -> str:
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
-    """Nothing built: no library in the package, an empty cache; warnings only, whatever jobs ran in this process before."""
+    """Nothing built, an empty cache, and only warnings logged, whatever jobs ran in this process before."""
     caplog.set_level(logging.WARNING, logger=builder.__name__)
     monkeypatch.setattr(builder, "PREBUILT", tmp_path / "package.so")
     monkeypatch.setenv("ZO_DS_CACHE", str(tmp_path))
