@@ -27,7 +27,8 @@ data.test_examples data.balanced data.group_by_length data.seed
 task task.name task.template task.label_words
 zeroth_order zeroth_order.estimator zeroth_order.num_directions zeroth_order.eps zeroth_order.lr
 zeroth_order.lr_schedule zeroth_order.eps_schedule zeroth_order.warmup_steps zeroth_order.final_ratio
-zeroth_order.total_steps zeroth_order.weight_decay zeroth_order.noise zeroth_order.spread_std
+zeroth_order.total_steps zeroth_order.weight_decay zeroth_order.noise zeroth_order.forward
+zeroth_order.replicas_per_pass zeroth_order.activation_budget_mib zeroth_order.strict zeroth_order.spread_std
 zeroth_order.spread_floor zeroth_order.coefficient_cap zeroth_order.max_consecutive_skips zeroth_order.run_seed
 training training.steps training.batch_size training.micro_batch_size training.eval_every training.best_by
 training.eval_batch_size

@@ -14,8 +14,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from tests.conftest import FAMILIES, tiny_model, zo_batch
 from zo_ds.errors import ConfigError
-from zo_ds.forward.perturber import Displacement, Perturber
-from zo_ds.forward.sequential import LossFunction, SequentialEvaluator, model_loss
+from zo_ds.forward.displacement import Displacement
+from zo_ds.forward.evaluator import LossFunction
+from zo_ds.forward.loss import model_loss
+from zo_ds.forward.perturber import Perturber
+from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
 from zo_ds.maths.update import perturb
 from zo_ds.stores.base import trainable_parameters

@@ -193,7 +193,9 @@ def check_saved(engine: ZOEngine, folder: Path) -> None:
     half = any(p.dtype == torch.bfloat16 for p in loaded.parameters())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         logits = loaded(**inputs).logits
-    assert torch.equal(logits, engine.call(lambda m, b: m(**b).logits, inputs))
+    # Products of the engine come from another library than the plain model's.
+    found = engine.call(lambda m, b: m(**b).logits, inputs)
+    assert torch.allclose(logits, found, rtol=1e-5, atol=1e-6) if not half else torch.equal(logits, found)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 

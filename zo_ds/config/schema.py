@@ -94,6 +94,14 @@ class ZerothOrderConfig(Section):
     """theta shrinks by lr * weight_decay a step; matrices only."""
     noise: NoiseStructure = NoiseStructure.DENSE
     """dense: independent signs; factored: rank-1 sign matrices a b^T."""
+    forward: Literal["batched", "sequential"] = "batched"
+    """batched: all directions in one forward; sequential: one forward each, the model's own code."""
+    replicas_per_pass: PositiveInt | Literal["auto"] = "auto"
+    """Directions computed together; auto: as many as activation_budget_mib holds. Changes losses by rounding only."""
+    activation_budget_mib: PositiveInt = 1024
+    """Memory for the activations of the directions computed together, where replicas_per_pass is auto."""
+    strict: bool = False
+    """Always compute the same number of directions together, so that neither budget nor ranks change a bit."""
     spread_std: SpreadStd = SpreadStd.SAMPLE
     """sample: divide by N - 1, as the FZOO paper; population: by N, as its released code."""
     spread_floor: PositiveFloat = 1e-8

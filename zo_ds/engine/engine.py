@@ -15,8 +15,8 @@ from torch import Tensor
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.export import Saveable, save_pretrained
 from zo_ds.errors import DataError, NonFiniteError, PeerError, ZODSError
-from zo_ds.forward.perturber import Displacement
-from zo_ds.forward.sequential import Batch, Result, SequentialEvaluator
+from zo_ds.forward.displacement import Displacement
+from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import StepRecord
 from zo_ds.maths.estimators import Probe, SkipReason, Verdict, probes, verdict
@@ -70,7 +70,7 @@ class ZOEngine:
         self,
         config: ZerothOrderConfig,
         store: WeightStore,
-        evaluator: SequentialEvaluator,
+        evaluator: Evaluator,
         channel: Channel,
         deepspeed: DeepSpeedEngine,
     ) -> None:

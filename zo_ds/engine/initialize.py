@@ -15,8 +15,11 @@ from zo_ds.config.load import validate
 from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
 from zo_ds.errors import ConfigError
+from zo_ds.forward.batched import BatchedEvaluator, PassSize
+from zo_ds.forward.evaluator import Evaluator, LossFunction
+from zo_ds.forward.loss import model_loss
 from zo_ds.forward.perturber import Perturber
-from zo_ds.forward.sequential import LossFunction, SequentialEvaluator, model_loss
+from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.parallel.channel import Channel, open_channel
 from zo_ds.parallel.world import enter_world_of_one
 from zo_ds.stores.base import WeightStore, trainable_parameters
@@ -62,10 +65,20 @@ def initialize(
     enter_world_of_one()
     store, engine = _open_store(model, resolved, zeroth_order)
     perturber = Perturber(model, store.parameters, store.structure)
-    half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
-    device = torch.device(engine.device).type
-    evaluator = SequentialEvaluator(model, perturber, loss_fn or model_loss, next(iter(half), None), device)
+    evaluator = _evaluator(zeroth_order, perturber, model, loss_fn or model_loss, torch.device(engine.device).type)
     return ZOEngine(zeroth_order, store, evaluator, channel, engine)
+
+
+def _evaluator(
+    config: ZerothOrderConfig, perturber: Perturber, model: nn.Module, loss_fn: LossFunction, device_type: str
+) -> Evaluator:
+    half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
+    autocast_dtype = next(iter(half), None)
+    if config.forward == "sequential":
+        return SequentialEvaluator(model, perturber, loss_fn, autocast_dtype, device_type)
+    replicas = None if config.replicas_per_pass == "auto" else config.replicas_per_pass
+    size = PassSize(replicas, config.activation_budget_mib * 2**20, config.strict)
+    return BatchedEvaluator(model, perturber, loss_fn, autocast_dtype, device_type, pass_size=size)
 
 
 def _split(

@@ -1,45 +1,33 @@
-"""Shows every module perturbed copies of its parameters while it runs; the weights themselves are never written.
+"""Shows every module displaced parameters while it runs; the weights themselves are never written.
 
-A parameter's ``.data`` is rebound to a scratch copy when its module is entered and rebound to the weights when it is
-left, so at most one module's parameters exist twice. Works on gathered ZeRO-3 parameters as on resident ones, if the
-hooks are registered after DeepSpeed's.
+One replica: a parameter's ``.data`` is rebound to a scratch copy when its module is entered and rebound to the weights
+when it is left, so at most one module's parameters exist twice. Many replicas at once: the modules that the registry
+of `leaves` knows compute all of them, any other runs once for each. Everything takes place within the module's own
+forward, and so after DeepSpeed's hooks have gathered a ZeRO-3 parameter and before they release it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from zo_ds.errors import ConfigError
+from zo_ds.forward.displacement import Displacement, Place
+from zo_ds.forward.leaves import Leaf, NotALeafError, elementwise, leaf_of
+from zo_ds.forward.modules import Forward, is_unshared, own_parameters, stand_in
+from zo_ds.forward.replicas import Replicas, Scratch
+from zo_ds.forward.split import join, split
+from zo_ds.forward.survey import Guests, find_guests
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
 from zo_ds.ops import api as ops
 
 
-@dataclass(frozen=True)
-class Displacement:
-    """Where the loss is evaluated: at theta + eps * u.
-
-    Attributes:
-        seed: step seed.
-        direction: which u.
-        eps: radius, signed.
-    """
-
-    seed: int
-    direction: int
-    eps: float
-
-
 class Perturber:
-    """Hooks on every module; those that use trainable parameters see them displaced.
+    """Stands in for the forward of every module that holds parameters, or reads those of another.
 
     Args:
         module: the model, after DeepSpeed has taken it over.
@@ -52,83 +40,192 @@ class Perturber:
     ) -> None:
         self._infos = dict(parameters)
         self._structure = structure
-        self._displacement: Displacement | None = None
+        self._module = module
+        self._place: Place = None
+        self._replicas: Replicas | None = None
+        self._joined = (0, 0)
         self._originals: dict[nn.Parameter, Tensor] = {}
         self._depth: dict[nn.Parameter, int] = {}
-        self._scratch: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._guests: dict[nn.Module | None, dict[nn.Parameter, None]] = {}
-        self._module = module
+        self._shelves: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._scratch = Scratch()
+        self._guests: Guests = {}
+        self._leaves: dict[nn.Module, Leaf | None] = {}
+        self._trusted: set[type[nn.Module]] = set()
         for child in module.modules():
-            child.register_forward_pre_hook(self._enter)
-            child.register_forward_hook(self._leave, prepend=True, always_call=True)
+            if own_parameters(child):
+                self._stand_in(child)
+
+    @property
+    def holders(self) -> set[nn.Module]:
+        """Modules that hold parameters."""
+        return set(self._leaves)
+
+    def uses_parameters(self, module: nn.Module) -> bool:
+        """Whether a module's own code reads trained parameters, in a way the registry does not know."""
+        return bool(self._subject(module)) and self._leaves[module] is None
+
+    @property
+    def running(self) -> tuple[int, int]:
+        """(number of the first place, places) that run together; (0, 1) for one alone, (0, 0) for one among them."""
+        if self._joined[1] and self._replicas is not None and self._replicas.count != self._joined[1]:
+            return 0, 0
+        return self._joined if self._joined[1] else (0, 1)
 
     @contextmanager
-    def displaced(self, displacement: Displacement | None) -> Iterator[None]:
-        """Within this context the model runs at the displaced weights; None means at theta itself."""
-        self._displacement = displacement
+    def displaced(self, place: Place, *, leaves: bool = False) -> Iterator[None]:
+        """Within this context the model runs at one place.
+
+        Args:
+            place: where.
+            leaves: let the registry compute what it knows, as in a batched forward; else every module's own code runs
+                on displaced copies.
+        """
+        self._place = place
+        self._replicas = self._replicas_of((place,), 1) if leaves else None
         try:
-            if displacement is not None:
+            if place is not None:
                 for parameter in self._guests.get(None, {}):
                     self._depth[parameter] = 1
-                    self._show(parameter, displacement)
+                    self._show(parameter, place)
             yield
         finally:
-            self._displacement = None
+            self._place = self._replicas = None
             for parameter, original in self._originals.items():
                 parameter.data = original
             self._originals.clear()
             self._depth.clear()
 
-    def survey(self, forward: Callable[[], Any]) -> None:
-        """Find parameters that are used while their own module does not run (a parent reads its child's weight).
+    @contextmanager
+    def together(self, places: Sequence[Place], examples: int, first: int = 0) -> Iterator[None]:
+        """Within this context modules take activations of R places, replica-major.
 
-        Such a parameter is perturbed for as long as the innermost module that runs at that time, or throughout if
-        none does (a loss function reads a weight). Weights may be shared by several modules: any of them counts as
-        its own.
+        Args:
+            places: R places of one seed.
+            examples: first axis of each replica's inputs.
+            first: number of the first of them, see `running`.
+        """
+        outside = (self._place, self._replicas, self._originals, self._depth)
+        shown = {parameter: parameter.data for parameter in self._originals}
+        for parameter, original in self._originals.items():
+            parameter.data = original
+        self._originals, self._depth, self._joined = {}, {}, (first, len(places))
+        self._place, self._replicas = None, self._replicas_of(places, examples)
+        try:
+            yield
+        finally:
+            self._joined = (0, 0)
+            self._place, self._replicas, self._originals, self._depth = outside
+            for parameter, copy in shown.items():
+                parameter.data = copy
+
+    def survey(self, forward: Callable[[], Any]) -> None:
+        """Find parameters that are used while their own module does not run, see `find_guests`.
 
         Args:
             forward: runs the model once at theta.
         """
-        running: list[nn.Module] = []
+        self._guests = find_guests(self._module, self._infos, forward)
+        for host in self._guests:
+            if host is not None:
+                self.run_each(host)
 
-        def note(parameter: nn.Parameter) -> None:
-            if parameter not in self._infos:
-                return
-            if not any(parameter is own for module in running for own in _own_parameters(module)):
-                self._guests.setdefault(running[-1] if running else None, {})[parameter] = None
+    def run_each(self, module: nn.Module) -> None:
+        """From now on, run a module once for each replica: something in it loses the batch axis."""
+        if module not in self._leaves:
+            self._stand_in(module)
+        self._leaves[module] = None
 
-        # Outside DeepSpeed's hooks, which handle a module's parameters before and after it runs.
-        hooks = [
-            hook
-            for module in self._module.modules()
-            for hook in (
-                module.register_forward_pre_hook(lambda module, _: running.append(module), prepend=True),
-                module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True),
-            )
-        ]
+    def _replicas_of(self, places: Sequence[Place], examples: int) -> Replicas:
+        return Replicas(places, examples, self._infos, self._structure, self._scratch, self._originals)
+
+    def _stand_in(self, module: nn.Module) -> None:
+        self._leaves[module] = leaf_of(module)
+        stand_in(module, lambda original, args, kwargs: self._forward(module, original, args, kwargs))
+
+    def _forward(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._replicas is None:
+            return self._alone(module, self._place, original, args, kwargs)
+        if self._leaves[module] is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            try:
+                return self._at_once(module, self._replicas, original, args[0])
+            except NotALeafError:
+                self._distrust(type(module))
+        return self._each(module, self._replicas, original, args, kwargs)
+
+    def _at_once(self, module: nn.Module, replicas: Replicas, original: Forward, x: Tensor) -> Tensor:
+        leaf, kind = self._leaves[module], type(module)
+        assert leaf is not None
+        result = leaf(module, replicas, original, x)
+        if leaf is elementwise and kind not in self._trusted:
+            # That it works on vectors alone is a guess from its parameters' shapes.
+            check: Tensor = self._each(module, replicas, original, (x,), {})
+            scale = float(check.abs().max())
+            if check.dtype != result.dtype or not torch.allclose(result, check, rtol=1e-3, atol=1e-5 * scale):
+                raise NotALeafError
+            self._trusted.add(kind)
+        return result
+
+    def _distrust(self, kind: type[nn.Module]) -> None:
+        for module in self._leaves:
+            if type(module) is kind:
+                self._leaves[module] = None
+
+    def _each(
+        self, module: nn.Module, replicas: Replicas, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call for each replica, at that replica's weights."""
+        if replicas.count == 1:
+            return self._alone(module, replicas.places[0], original, args, kwargs)
+        if not any(map(replicas.displaces, self._subject(module))) and not any(
+            replicas.displaces(p) for p in module.parameters()
+        ):
+            return original(*args, **kwargs)
         try:
-            with _Survey(note):
-                forward()
+            parts = split((args, kwargs), replicas.count, replicas.examples)
+        except ValueError as error:
+            raise ConfigError(
+                f"a {type(module).__name__} cannot be run for several directions at once: {error}",
+                where="forward",
+                remedy="set zeroth_order.forward to sequential",
+            ) from error
+        outputs = []
+        try:
+            for place, (own_args, own_kwargs) in zip(replicas.places, parts, strict=True):
+                self._replicas = self._replicas_of((place,), 1)
+                outputs.append(self._alone(module, place, original, own_args, own_kwargs))
         finally:
-            for hook in hooks:
-                hook.remove()
+            self._replicas = replicas
+        return join(outputs, replicas.examples)
 
-    def _subject(self, module: nn.Module, args: tuple[Any, ...]) -> list[nn.Parameter]:
+    def _alone(
+        self, module: nn.Module, place: Place, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The module's own code on displaced copies of what it uses."""
+        if place is None:
+            return original(*args, **kwargs)
+        if _only_gathers_rows(module, args, kwargs):
+            (table,) = own_parameters(module)
+            if table in self._infos and table not in self._originals:
+                return self._replicas_of((place,), 1).rows(table, args[0], table.dtype)[0]
+        subject = self._subject(module)
+        try:
+            for parameter in subject:
+                self._depth[parameter] = self._depth.get(parameter, 0) + 1
+                if self._depth[parameter] == 1:
+                    self._show(parameter, place)
+            return original(*args, **kwargs)
+        finally:
+            for parameter in subject:
+                self._hide(parameter)
+
+    def _subject(self, module: nn.Module) -> list[nn.Parameter]:
         # A dictionary, since a module may hold one parameter under two names.
-        own = [] if _only_gathers_rows(module, args) else [p for p in _own_parameters(module) if p in self._infos]
+        own = [p for p in own_parameters(module) if p in self._infos]
         return list(dict.fromkeys(own) | self._guests.get(module, {}))
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._displacement is None:
-            return
-        for parameter in self._subject(module, args):
-            self._depth[parameter] = self._depth.get(parameter, 0) + 1
-            if self._depth[parameter] == 1:
-                self._show(parameter, self._displacement)
-
-    def _show(self, parameter: nn.Parameter, displacement: Displacement) -> None:
+    def _show(self, parameter: nn.Parameter, place: Displacement) -> None:
         theta = parameter.data
-        shelf = self._scratch.setdefault((theta.shape, theta.dtype), [])
+        shelf = self._shelves.setdefault((theta.shape, theta.dtype), [])
         out = shelf.pop() if shelf else torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         info = self._infos[parameter]
         if theta.shape != info.shape:
@@ -138,83 +235,22 @@ class Perturber:
                 why="ZeRO-3 gathers a parameter for the forward of its module, and only then",
                 remedy="call the module instead of reading its weight, or use ZeRO stage 0",
             )
-        site, step = info.site(self._structure), displacement
-        ops.perturb(theta.contiguous(), site, step.seed, [step.direction], [step.eps], out=out.unsqueeze(0))
+        site = info.site(self._structure)
+        ops.perturb(theta.contiguous(), site, place.seed, [place.direction], [place.eps], out=out.unsqueeze(0))
         self._originals[parameter] = theta
         parameter.data = out
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._displacement is None:
-            return None
-        if output is not None and _only_gathers_rows(module, args):
-            output = self._rows(module, args[0], output)
-        for parameter in self._subject(module, args):
-            depth = self._depth.get(parameter, 0)
-            if depth == 1:
-                shown = parameter.data
-                parameter.data = self._originals.pop(parameter)
-                # A module may return or keep a view of its weight (learned positions do).
-                if _is_unshared(shown):
-                    self._scratch[(shown.shape, shown.dtype)].append(shown)
-            self._depth[parameter] = max(0, depth - 1)
-        return output
-
-    def _rows(self, module: nn.Module, ids: Tensor, output: Tensor) -> Tensor:
-        """What an embedding gives at the displaced weights, without displacing the whole table."""
-        (table,), at = _own_parameters(module), self._displacement
-        if at is None or table not in self._infos or table in self._originals:
-            return output
-        site = self._infos[table].site(self._structure)
-        return ops.embedding_rows(table.data.contiguous(), ids.long(), site, at.seed, [at.direction], [at.eps])[0]
+    def _hide(self, parameter: nn.Parameter) -> None:
+        depth = self._depth.get(parameter, 0)
+        if depth == 1 and parameter in self._originals:
+            shown = parameter.data
+            parameter.data = self._originals.pop(parameter)
+            # A module may return or keep a view of its weight (learned positions do).
+            if is_unshared(shown):
+                self._shelves[(shown.shape, shown.dtype)].append(shown)
+        self._depth[parameter] = max(0, depth - 1)
 
 
-def _is_unshared(tensor: Tensor) -> bool:
-    """Whether nothing else refers to a tensor's memory: one reference is the tensor's, one this function's."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
-
-
-def _only_gathers_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
+def _only_gathers_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     # Subclasses may do more, and max_norm writes to the table.
-    return type(module) is nn.Embedding and len(args) == 1 and module.max_norm is None
-
-
-def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    # DeepSpeed's dictionary gathers on look-up; the plain look-up only looks.
-    held = module._parameters
-    look_up = OrderedDict.__getitem__ if isinstance(held, OrderedDict) else dict.__getitem__
-    return [p for p in (look_up(held, key) for key in held) if p is not None]
-
-
-# Reading these does not use a parameter's values.
-_METADATA = {
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_floating_point",
-    "is_complex",
-    "element_size",
-    "is_contiguous",
-    "type",
-}
-_VALUE_PROPERTIES = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("data", "T", "mT", "H", "mH", "real", "imag")
-    if hasattr(torch.Tensor, name)
-}
-
-
-class _Survey(TorchFunctionMode):
-    def __init__(self, note: Callable[[nn.Parameter], None]) -> None:
-        super().__init__()
-        self._note = note
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name not in _METADATA and (name != "__get__" or func in _VALUE_PROPERTIES):
-            for leaf in tree_leaves((args, kwargs or {})):
-                if isinstance(leaf, nn.Parameter):
-                    self._note(leaf)
-        return func(*args, **(kwargs or {}))
+    return type(module) is nn.Embedding and len(args) == 1 and not kwargs and module.max_norm is None

@@ -1,0 +1,55 @@
+"""The part of a model that flows for all replicas at once: all but its head, where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from zo_ds.forward.modules import Forward, stand_in
+
+Answer = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The module whose calls are joined.
+
+    A transformers model names its part below the head (``base_model_prefix``); the head, whose output is by far the
+    largest activation, and the loss then run one replica at a time. Prompt-learning adapters put their own inputs
+    before it, so there, as for any other module, it is the whole model.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if adapters is not None and hasattr(model, "get_base_model"):
+        if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
+            return model
+        inner: Any = model.get_base_model
+        model = inner()
+    below = getattr(model, getattr(model, "base_model_prefix", "") or "base_model", None)
+    return below if isinstance(below, nn.Module) else model
+
+
+class Backbone:
+    """Lets somebody else answer the calls of a module, within a context.
+
+    Args:
+        module: see `find_backbone`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._answer: Answer | None = None
+        stand_in(module, self._forward)
+
+    @contextmanager
+    def answered_by(self, answer: Answer | None) -> Iterator[None]:
+        """Calls go to ``answer(the module's own forward, args, kwargs)``; None: to the module itself."""
+        outside, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = outside
+
+    def _forward(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return original(*args, **kwargs) if self._answer is None else self._answer(original, args, kwargs)
