@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Scorer
 
 
 def run(subject: tuple[nn.Module, Scorer], batch_size: int, channel: Channel, count: int = 19) -> Evaluation:
-    model, scorer = subject
+    model, scorer = copy.deepcopy(subject[0]), subject[1]  # ranks are threads here
 
     @torch.no_grad()
     def score(function: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:

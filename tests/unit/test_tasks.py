@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from zo_ds.data.examples import Example
 from zo_ds.errors import ConfigError
 from zo_ds.tasks.prompts import PromptEncoder
 from zo_ds.tasks.registry import TASKS, Task, resolve_task
-from zo_ds.tasks.scoring import SCORERS, Head, LabelWords, OptionLikelihood
+from zo_ds.tasks.scoring import SCORERS, Head, LabelWords, OptionLikelihood, Scorer
 
 TEMPLATE = "{text} It was"
 TEXTS = ["the film is bad", "good", "a dull plot , not very bright", "the the cast is great text"]
@@ -181,15 +182,40 @@ def log_likelihoods(model: nn.Module, tokenizer: Any, text: str, answers: tuple[
     return torch.stack(sums)
 
 
+def settle(scorer: Scorer, model: nn.Module) -> None:
+    def call(function: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = function(model.eval(), batch)
+        return found
+
+    scorer.settle(model, call, EXAMPLES, torch.device("cpu"))
+
+
+def pack(scorer: Scorer, model: nn.Module) -> None:
+    """All sequences in one row from now on, if the model takes that."""
+    settle(scorer, model)
+    assert scorer.packing is not None
+    scorer.packing = replace(scorer.packing, rows=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("answers", [("bad", "good"), ("bad", "very good indeed", "dull !")])
-def test_answers_of_a_causal_lm(family: str, answers: tuple[str, ...], pieces: Any) -> None:
+def test_answers_of_a_causal_lm(family: str, answers: tuple[str, ...], packed: bool, pieces: Any) -> None:
     model = causal(family, len(pieces))
     scorer = OptionLikelihood(Task(TEMPLATE, answers), pieces, 64)
+    if packed:
+        pack(scorer, model)
     batch = scorer.encode(EXAMPLES)
     lengths = {len(pieces(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers}
-    assert len(batch["input_ids"]) == len(EXAMPLES) * (1 if lengths == {1} else len(answers))
+    rows = len(EXAMPLES) * (1 if lengths == {1} else len(answers))
+    assert sum(len(asked.inputs["input_ids"]) for asked in batch.asked) == (1 if packed else rows)
     assert lengths == {1} or len(lengths) > 1
+    if packed:
+        # A prompt is there once, whatever its answers, and nothing is padded.
+        extra = 0 if lengths == {1} else sum(len(option) - 1 for option in scorer._options)
+        wanted = sum(scorer.length(example) + extra for example in EXAMPLES)
+        assert batch.asked[0].inputs["input_ids"].numel() == wanted
     with torch.no_grad():
         scores, loss = scorer.scores(model, batch), scorer.loss(model, batch)
     expected = torch.stack([log_likelihoods(model, pieces, text, answers) for text in TEXTS])
@@ -204,7 +230,7 @@ def test_answers_of_a_causal_lm(family: str, answers: tuple[str, ...], pieces: A
 
 def test_answers_fit_behind_a_cut_prompt(pieces: Any) -> None:
     scorer = OptionLikelihood(Task(TEMPLATE, ("bad", "very good indeed")), pieces, 30)
-    assert scorer.encode([Example("good " * 60, 1)])["input_ids"].shape[1] <= 30
+    assert scorer.encode([Example("good " * 60, 1)]).asked[0].inputs["input_ids"].shape[1] <= 30
     assert scorer.prompts.truncated == 1
 
 
@@ -229,11 +255,16 @@ def masked(family: str, vocabulary: int) -> nn.Module:
     return randomised(RobertaForMaskedLM(RobertaConfig(vocab_size=vocabulary, **ENCODER)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_words_at_the_mask(family: str, masking: Any) -> None:
+def test_words_at_the_mask(family: str, packed: bool, masking: Any) -> None:
     model = masked(family, len(masking))
     texts = [*TEXTS, "a <mask> film , <mask> <mask>", "{mask} {text}"]
     scorer = LabelWords(Task(MASKED, ("terrible", "great")), masking, 32)
+    if packed:
+        pack(scorer, model)
+        assert scorer.packing is not None
+        assert scorer.packing.first_position == (0 if family == "bert" else masking.pad_token_id + 1)
     with torch.no_grad():
         scores = scorer.scores(model, scorer.encode([Example(text, 0) for text in texts]))
     options = masking.convert_tokens_to_ids(["terrible", "great"])
@@ -280,6 +311,35 @@ def test_a_classification_head(family: str, masking: Any) -> None:
         scores = scorer.scores(model, scorer.encode(EXAMPLES))
         expected = torch.cat([model(**masking(text, return_tensors="pt")).logits for text in TEXTS])
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+
+
+class Deaf(nn.Module):
+    """Takes whatever a model takes, and leaves out what it is told about rows."""
+
+    def __init__(self, model: nn.Module, ignored: str) -> None:
+        super().__init__()
+        self.inner, self.config, self.ignored = model, model.config, ignored
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**{key: value for key, value in inputs.items() if key != self.ignored})
+
+
+@pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
+def test_models_that_do_not_take_packed_rows_get_padded_ones(ignored: str, pieces: Any) -> None:
+    model = Deaf(causal("gpt2", len(pieces)), ignored)
+    scorer = OptionLikelihood(Task(TEMPLATE, ("bad", "good")), pieces, 64)
+    settle(scorer, model)
+    assert scorer.packing is None
+
+
+def test_sequences_longer_than_the_models_window_are_padded(pieces: Any) -> None:
+    model = causal("llama", len(pieces))
+    scorer = OptionLikelihood(Task(TEMPLATE, ("bad", "good")), pieces, 64)
+    pack(scorer, model)
+    longest = max(map(scorer.length, EXAMPLES))
+    for window, rows in ((longest, 1), (longest - 1, len(EXAMPLES))):
+        scorer.packing = replace(scorer.packing, window=window)
+        assert len(scorer.encode(EXAMPLES).asked[0].inputs["input_ids"]) == rows
 
 
 def test_a_scorer_for_every_head() -> None:

@@ -65,20 +65,24 @@ def initialize(
     enter_world_of_one()
     store, engine = _open_store(model, resolved, zeroth_order)
     perturber = Perturber(model, store.parameters, store.structure)
-    evaluator = _evaluator(zeroth_order, perturber, model, loss_fn or model_loss, torch.device(engine.device).type)
+    device_type = torch.device(engine.device).type
+    evaluator = _evaluator(zeroth_order, perturber, store, loss_fn or model_loss, device_type)
     return ZOEngine(zeroth_order, store, evaluator, channel, engine)
 
 
 def _evaluator(
-    config: ZerothOrderConfig, perturber: Perturber, model: nn.Module, loss_fn: LossFunction, device_type: str
+    config: ZerothOrderConfig, perturber: Perturber, store: WeightStore, loss_fn: LossFunction, device_type: str
 ) -> Evaluator:
+    model = store.module
     half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
     autocast_dtype = next(iter(half), None)
     if config.forward == "sequential":
         return SequentialEvaluator(model, perturber, loss_fn, autocast_dtype, device_type)
     replicas = None if config.replicas_per_pass == "auto" else config.replicas_per_pass
     size = PassSize(replicas, config.activation_budget_mib * 2**20, config.strict)
-    return BatchedEvaluator(model, perturber, loss_fn, autocast_dtype, device_type, pass_size=size)
+    return BatchedEvaluator(
+        model, perturber, loss_fn, autocast_dtype, device_type, pass_size=size, gathered=store.gathered
+    )
 
 
 def _split(

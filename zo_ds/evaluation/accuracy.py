@@ -60,8 +60,7 @@ def evaluate(
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
     for number in units_of_rank(len(batches), channel.rank, channel.world_size):
-        encoded = scorer.encode([examples[index] for index in batches[number]])
-        batch = {key: value.to(device or "cpu") for key, value in encoded.items()}
+        batch = scorer.encode([examples[index] for index in batches[number]]).to(device or torch.device("cpu"))
         found[batches[number]] = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
     # Every row is written by one rank and zero on the others.
     total = torch.stack(channel.all_gather(found)).sum(0)
@@ -71,6 +70,6 @@ def evaluate(
 
 def _graded(scorer: Scorer, model: nn.Module, batch: Batch) -> Tensor:
     scores = scorer.scores(model, batch)
-    right = scores.argmax(-1) == batch["labels"]
-    loss = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
+    right = scores.argmax(-1) == batch.labels
+    loss = nn.functional.cross_entropy(scores, batch.labels, reduction="none")
     return torch.stack((right.double(), loss.double()), dim=1).cpu()

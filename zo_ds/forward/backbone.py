@@ -20,14 +20,36 @@ def find_backbone(model: nn.Module) -> nn.Module:
     largest activation, and the loss then run one replica at a time. Prompt-learning adapters put their own inputs
     before it, so there, as for any other module, it is the whole model.
     """
-    adapters = getattr(model, "peft_config", None)
-    if adapters is not None and hasattr(model, "get_base_model"):
-        if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
-            return model
-        inner: Any = model.get_base_model
-        model = inner()
-    below = getattr(model, getattr(model, "base_model_prefix", "") or "base_model", None)
+    adapters: Any = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
+        return model
+    inner: Any = without_adapters(model)
+    below = getattr(inner, getattr(inner, "base_model_prefix", "") or "base_model", None)
     return below if isinstance(below, nn.Module) else model
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns a causal or masked LM's hidden states into logits; None if there is none to be found."""
+    inner: Any = without_adapters(model)
+    look_up = getattr(inner, "get_output_embeddings", None)
+    last = look_up() if look_up is not None else None
+    if last is None:
+        return None
+    below = getattr(inner, inner.base_model_prefix, None)
+    return next((child for child in inner.children() if child is not below and last in child.modules()), None)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model that a PEFT model wraps, or the model itself."""
+    unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    inner: nn.Module = model if unwrap is None else unwrap()
+    return inner
+
+
+def outside_of(part: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """Modules of a model that are not within a part of it."""
+    inside = set(part.modules())
+    return [module for module in model.modules() if module not in inside]
 
 
 class Backbone:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
-from zo_ds.forward.backbone import Backbone, find_backbone
+from zo_ds.forward.backbone import Backbone, find_backbone, outside_of
 from zo_ds.forward.displacement import Place, run_of_one_seed
 from zo_ds.forward.evaluator import Batch, Evaluator, LossFunction, Result
-from zo_ds.forward.modules import Forward
+from zo_ds.forward.modules import Forward, own_parameters
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.forward.split import first_tensor, part, repeat, same
@@ -73,6 +73,7 @@ class BatchedEvaluator(Evaluator):
     Args:
         module, perturber, loss_fn, autocast_dtype, device_type: see `Evaluator`.
         pass_size: how many places one pass computes.
+        gathered: keeps parameters at hand within a context, however often their modules run.
     """
 
     def __init__(
@@ -84,15 +85,20 @@ class BatchedEvaluator(Evaluator):
         device_type: str = "cpu",
         *,
         pass_size: PassSize | None = None,
+        gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
         super().__init__(module, perturber, loss_fn, autocast_dtype, device_type)
         self._backbone = Backbone(find_backbone(module))
-        self._pass_size = pass_size or PassSize()
+        self._pass_size, self._gathered = pass_size or PassSize(), gathered
         self._reference = SequentialEvaluator(module, perturber, loss_fn, autocast_dtype, device_type)
         self._bytes_per_input = 0.0
         self._joinable = self._verified = False
         self._calls: list[_Call] = []
+        self._apart: set[int] = set()
         self._place_number = 0
+        outside = dict.fromkeys(p for other in outside_of(self._backbone.module, module) for p in own_parameters(other))
+        self._head = list(outside)
+        self._holding, self._held = ExitStack(), False
 
     def losses(self, batch: Batch, places: Sequence[Place]) -> Tensor:
         """See `Evaluator.losses`.
@@ -114,8 +120,10 @@ class BatchedEvaluator(Evaluator):
             return self._run(function, batch)
 
     def _losses(self, batch: Batch, places: Sequence[Place]) -> Tensor:
+        self._held = False
         try:
-            return torch.stack([self._one(batch, places, number) for number in range(len(places))])
+            with self._holding:
+                return torch.stack([self._one(batch, places, number) for number in range(len(places))])
         finally:
             self._calls.clear()
 
@@ -135,18 +143,34 @@ class BatchedEvaluator(Evaluator):
             return self._losses_here(batch)
 
     def _answer(self, original: Forward, inputs: Any, places: Sequence[Place], number: int, call: int) -> Any:
+        """What call number ``call`` of the backbone gives at one place."""
+        args, kwargs = inputs
+        lead = first_tensor(inputs)
         known = self._calls[call] if call < len(self._calls) else None
-        begins = number == 0 if known is None else number == known.first + len(known.places)
-        if begins and (known is None or same(known.inputs, inputs)):
+        fits = lead is not None and (known is None or same(known.inputs, inputs))
+        if fits and call not in self._apart and number == (0 if known is None else known.first + len(known.places)):
             # Let go of the old outputs before the new ones are made.
             self._calls[call:] = []
             known = self._joint(original, inputs, places, number)
             self._calls.append(known)
-        if known is not None and 0 <= number - known.first < len(known.places) and same(known.inputs, inputs):
-            return part(known.output, number - known.first, len(known.places), known.examples)
-        args, kwargs = inputs
+            if not self._held:
+                # The head runs once for each place.
+                self._holding.enter_context(self._gathered(self._head))
+                self._held = True
+        if fits and known is not None and 0 <= number - known.first < len(known.places):
+            try:
+                return part(known.output, number - known.first, len(known.places), known.examples)
+            except ValueError as error:
+                self._run_apart(call, str(error))
+        elif not fits:
+            self._run_apart(call, "its inputs depend on the weights")
         with self._backbone.answered_by(None):
             return original(*args, **kwargs)
+
+    def _run_apart(self, call: int, why: str) -> None:
+        if call not in self._apart:
+            self._apart.add(call)
+            log.warning("%s", f"call {call} of the model runs one direction at a time: {why}")
 
     def _joint(self, original: Forward, inputs: Any, places: Sequence[Place], first: int) -> _Call:
         lead = first_tensor(inputs)

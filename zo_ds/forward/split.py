@@ -74,7 +74,7 @@ def part(output: Any, number: int, replicas: int, examples: int) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            if leaf.dim() == 0 or leaf.shape[0] % (replicas * examples):
+            if leaf.dim() == 0 or (leaf.shape[0] % (replicas * examples) and leaf.shape[0] != replicas):
                 raise ValueError(f"an output of shape {tuple(leaf.shape)} cannot be divided")
             return leaf.chunk(replicas)[number]
         if leaf is not None and not isinstance(leaf, (int, float, str, bool)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,10 @@ class WeightStore(ABC):
     @abstractmethod
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:
         """The whole parameter, to be read only."""
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within this context parameters stay whole in their modules, however often those run."""
+        return nullcontext()
 
     def apply(self, run_seed: int, update: Update) -> None:
         """Apply an update to all that this rank holds."""

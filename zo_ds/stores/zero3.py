@@ -6,7 +6,7 @@ gathered "copy" is the shard itself, so writing to it would be a bug that only s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from zo_ds.stores.base import WeightStore
+
+_HELD = "held by zo_ds"
+"""Stands among the modules that use a parameter, so that DeepSpeed does not release it."""
 
 
 def partition(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -49,6 +52,19 @@ class Zero3Store(WeightStore):
         _release(parameter)
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.data
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """One gather for all that happens within the context; DeepSpeed would release them after every module."""
+        held: list[Any] = [p for p in parameters if hasattr(p, "ds_active_sub_modules")]
+        with deepspeed.zero.GatheredParameters(held):
+            for parameter in held:
+                parameter.ds_active_sub_modules.add(_HELD)
+            try:
+                yield
+            finally:
+                for parameter in held:
+                    parameter.ds_active_sub_modules.discard(_HELD)
 
 
 def _release(parameter: Any) -> None:

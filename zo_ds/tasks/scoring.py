@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from zo_ds.data.examples import Example
 from zo_ds.errors import ConfigError
-from zo_ds.tasks.prompts import PromptEncoder, Tokenizer, pad
+from zo_ds.forward.head import logits_at
+from zo_ds.tasks.layout import Layout, Part, Prompt, packed, padded
+from zo_ds.tasks.packing import Packing
+from zo_ds.tasks.prompts import PromptEncoder, Tokenizer
 from zo_ds.tasks.registry import Task
 
-Batch = dict[str, Tensor]
+
+class Asked(NamedTuple):
+    """One call of the model, and where its answers stand.
+
+    Attributes:
+        inputs: the model's.
+        rows, columns: [answers], positions whose logits are wanted.
+        slots: [answers], which question each of them answers.
+    """
+
+    inputs: Part
+    rows: Tensor
+    columns: Tensor
+    slots: Tensor
+
+
+class Batch(NamedTuple):
+    """Encoded examples.
+
+    Attributes:
+        asked: the calls of the model that they take.
+        labels: int64 [examples].
+        targets: [slots], token ids whose likelihood is asked for; empty where that is not the question.
+    """
+
+    asked: list[Asked]
+    labels: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        moved: Batch = tree_map(lambda leaf: leaf.to(device), self)
+        return moved
 
 
 class Scorer(ABC):
@@ -25,12 +61,14 @@ class Scorer(ABC):
         task: template and label words.
         tokenizer: of the model.
         max_tokens: the model's limit, or the recipe's if that is lower.
-    """
 
-    pad_left = False
+    Attributes:
+        packing: how sequences may share a row; None pads them.
+    """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int) -> None:
         self._task, self._tokenizer = task, tokenizer
+        self.packing: Packing | None = None
         self.prompts = PromptEncoder(tokenizer, self._render, max_tokens - self._answer_tokens())
         # Padding is masked, so any token will do.
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -40,12 +78,9 @@ class Scorer(ABC):
         """Tokens of an example's prompt."""
         return len(self.prompts.encode(example.text))
 
+    @abstractmethod
     def encode(self, examples: Sequence[Example]) -> Batch:
-        """A batch on the CPU: tensors whose first axis is a multiple of the number of examples, and their labels."""
-        rows = [row for example in examples for row in self._rows(example)]
-        ids, mask = pad(rows, self._pad_id, left=self.pad_left)
-        labels = torch.tensor([example.label for example in examples])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        """A batch on the CPU."""
 
     @abstractmethod
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -53,13 +88,43 @@ class Scorer(ABC):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy over the classes, fp32 [examples]."""
-        return nn.functional.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+        return nn.functional.cross_entropy(self.scores(model, batch), batch.labels, reduction="none")
+
+    def packings(self, module: nn.Module) -> Sequence[Packing]:
+        """Ways of packing that may suit a model; none for those that need a row for each sequence."""
+        return ()
+
+    def settle(
+        self,
+        module: nn.Module,
+        call: Callable[[Callable[[nn.Module, Batch], Tensor], Batch], Tensor],
+        examples: Sequence[Example],
+        device: torch.device,
+    ) -> None:
+        """Pack sequences from now on if this model then gives them the same scores as in rows of their own.
+
+        Args:
+            module: the model.
+            call: runs a function of (model, batch) without gradients, e.g. `ZOEngine.call`.
+            examples: a few to try.
+            device: where the model runs.
+        """
+
+        def scores() -> Tensor:
+            return call(self.scores, self.encode(examples).to(device))
+
+        self.packing = None
+        alone = scores()
+        for candidate in self.packings(module):
+            self.packing = replace(candidate, rows=1)
+            if candidate.takes([Prompt((0,) * self.length(example)) for example in examples]):
+                self.packing = candidate if candidate.gives(alone, scores) else None
+            if self.packing is candidate:
+                return
+        self.packing = None
 
     def _render(self, text: str) -> str:
         return self._task.template.replace("{text}", text)
-
-    def _rows(self, example: Example) -> list[list[int]]:
-        return [self.prompts.encode(example.text)]
 
     def _answer_tokens(self) -> int:
         return 0
@@ -68,38 +133,63 @@ class Scorer(ABC):
 class OptionLikelihood(Scorer):
     """Causal LM: the log-likelihood of each label word as the continuation of the prompt.
 
-    Words of one token each share one pass over the prompt; otherwise every (prompt, word) pair is a sequence.
+    Where sequences can be packed, the words of a prompt share its computation; else so do words of one token, and every
+    other (prompt, word) pair is a sequence.
     """
-
-    pad_left = True
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int) -> None:
         self._options = [_continuation(tokenizer, task, word) for word in task.label_words]
         self._single = all(len(option) == 1 for option in self._options)
+        # Tokens after the first are predicted from those before them; the last is never an input.
+        self._branches = tuple(tuple(option[:-1]) for option in self._options)
+        self._longest = max(map(len, self._options))
         _check_different(self._options, task)
         super().__init__(task, tokenizer, max_tokens)
 
+    def encode(self, examples: Sequence[Example]) -> Batch:
+        """See `Scorer.encode`."""
+        stems = [tuple(self.prompts.encode(example.text)) for example in examples]
+        labels = torch.tensor([example.label for example in examples])
+        if self._single:
+            answers = [(number, len(stem) - 1, number) for number, stem in enumerate(stems)]
+            return Batch(self._ask([Prompt(stem) for stem in stems], answers), labels, torch.empty(0))
+        prompts = [Prompt(stem, self._branches) for stem in stems]
+        shared = self.packing is not None and self.packing.takes(prompts)
+        if not shared:
+            prompts = [Prompt(stem + branch) for stem in stems for branch in self._branches]
+        answers, targets = [], torch.zeros(len(stems) * len(self._options) * self._longest, dtype=torch.int64)
+        for number, stem in enumerate(stems):
+            for word, option in enumerate(self._options):
+                for token, target in enumerate(option):
+                    slot = (number * len(self._options) + word) * self._longest + token
+                    targets[slot] = target
+                    if shared:
+                        answers.append((number, prompts[number].place(word, token - 1), slot))
+                    else:
+                        answers.append((number * len(self._options) + word, len(stem) - 1 + token, slot))
+        return Batch(self._ask(prompts, answers), labels, targets)
+
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Scorer.scores`. Only the positions that predict an answer reach the head."""
-        width = 1 if self._single else max(map(len, self._options)) + 1
-        logits = _tail_logits(model, batch, width)
         if self._single:
-            words = torch.tensor([option[0] for option in self._options], device=logits.device)
-            return logits[:, -1].float().index_select(-1, words)
-        predicted = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-        targets = batch["input_ids"][:, 1 - width :]
-        each = predicted.gather(-1, targets.unsqueeze(-1)).squeeze(-1).view(-1, len(self._options), width - 1)
-        places = torch.arange(width - 1, 0, -1, device=each.device)
-        lengths = torch.tensor([len(option) for option in self._options], device=each.device)
-        total: Tensor = (each * (places <= lengths.unsqueeze(1))).sum(-1)
-        return total
+            words = [option[0] for option in self._options]
+            return _in_order(batch, [_logits(model, asked)[:, words] for asked in batch.asked])
+        places = batch.labels.numel() * len(self._options) * self._longest
+        total = torch.zeros(places, dtype=torch.float32, device=batch.labels.device)
+        for asked in batch.asked:
+            each = torch.log_softmax(_logits(model, asked), dim=-1)
+            total[asked.slots] = each.gather(-1, batch.targets[asked.slots].unsqueeze(-1)).squeeze(-1)
+        return total.view(-1, len(self._options), self._longest).sum(-1)
 
-    def _rows(self, example: Example) -> list[list[int]]:
-        prompt = self.prompts.encode(example.text)
-        return [prompt] if self._single else [prompt + option for option in self._options]
+    def packings(self, module: nn.Module) -> Sequence[Packing]:
+        """See `Scorer.packings`."""
+        return [Packing.of(module, causal=True)]
+
+    def _ask(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, int, int]]) -> list[Asked]:
+        return _ask(_lay_out(prompts, self._pad_id, self.packing), answers)
 
     def _answer_tokens(self) -> int:
-        return 0 if self._single else max(map(len, self._options))
+        return max(map(len, self._options)) - 1
 
 
 class LabelWords(Scorer):
@@ -119,12 +209,23 @@ class LabelWords(Scorer):
         _check_different([[word] for word in self._words], task)
         super().__init__(task, tokenizer, max_tokens)
 
+    def encode(self, examples: Sequence[Example]) -> Batch:
+        """See `Scorer.encode`."""
+        prompts = [Prompt(tuple(self.prompts.encode(example.text))) for example in examples]
+        mask = self._tokenizer.mask_token_id
+        answers = [(number, prompt.stem.index(mask), number) for number, prompt in enumerate(prompts)]
+        labels = torch.tensor([example.label for example in examples])
+        return Batch(_ask(_lay_out(prompts, self._pad_id, self.packing), answers), labels, torch.empty(0))
+
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See `Scorer.scores`."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        at_mask = logits[batch["input_ids"] == self._tokenizer.mask_token_id].float()
-        scores: Tensor = at_mask.index_select(-1, torch.tensor(self._words, device=logits.device))
-        return scores
+        """See `Scorer.scores`. Only the masks reach the head."""
+        return _in_order(batch, [_logits(model, asked)[:, self._words] for asked in batch.asked])
+
+    def packings(self, module: nn.Module) -> Sequence[Packing]:
+        """See `Scorer.packings`."""
+        # RoBERTa counts positions from behind its padding token.
+        first = (0, (self._tokenizer.pad_token_id or 0) + 1)
+        return [Packing.of(module, causal=False, first_position=position) for position in first]
 
     def _render(self, text: str) -> str:
         mask = self._tokenizer.mask_token
@@ -132,16 +233,22 @@ class LabelWords(Scorer):
 
 
 class Head(Scorer):
-    """Encoder or decoder with a classification head."""
+    """Encoder or decoder with a classification head, which looks for the end or the start of a row: never packed."""
+
+    def encode(self, examples: Sequence[Example]) -> Batch:
+        """See `Scorer.encode`."""
+        rows = [self.prompts.encode(example.text) for example in examples]
+        layout = padded(rows, self._pad_id)
+        labels = torch.tensor([example.label for example in examples])
+        return Batch(_ask(layout, [(number, 0, number) for number in range(len(rows))]), labels, torch.empty(0))
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Scorer.scores`."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if config is not None and config.pad_token_id is None:
             # Decoders find the last token of a row by it.
             config.pad_token_id = self._pad_id
-        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return logits.float()
+        return _in_order(batch, [model(**asked.inputs).logits[asked.rows].float() for asked in batch.asked])
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -151,19 +258,37 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 
 
-def _tail_logits(model: nn.Module, batch: Batch, width: int) -> Tensor:
-    """Logits of the last `width` positions of left-padded rows, [rows, width, vocabulary]."""
-    mask = batch["attention_mask"]
-    known = inspect.signature(model.forward).parameters
-    extra: dict[str, Any] = {}
-    if "position_ids" in known:
-        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if "logits_to_keep" in known:
-        extra["logits_to_keep"] = width
-    if "use_cache" in known:
-        extra["use_cache"] = False
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=mask, **extra).logits
-    return logits[:, -width:]
+def _lay_out(prompts: Sequence[Prompt], pad_id: int, packing: Packing | None) -> Layout:
+    if packing is not None and packing.takes(prompts):
+        return packed(
+            prompts,
+            pad_id,
+            causal=packing.causal,
+            hidden_size=packing.hidden_size,
+            first_position=packing.first_position,
+            rows=packing.rows,
+        )
+    return padded([prompt.stem for prompt in prompts], pad_id)
+
+
+def _ask(layout: Layout, answers: Sequence[tuple[int, int, int]]) -> list[Asked]:
+    """Calls of the model, with the answers given as (sequence, its token, slot)."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in layout.parts]
+    for sequence, token, slot in answers:
+        part, row, column = layout.places[sequence]
+        found[part].append((row, column + token, slot))
+    return [Asked(inputs, *torch.tensor(places).unbind(1)) for inputs, places in zip(layout.parts, found, strict=True)]
+
+
+def _logits(model: nn.Module, asked: Asked) -> Tensor:
+    """fp32 [answers, vocabulary]."""
+    return logits_at(model, asked.inputs, asked.rows, asked.columns).float()
+
+
+def _in_order(batch: Batch, scores: Sequence[Tensor]) -> Tensor:
+    """Scores of every call's answers, in the order of their slots."""
+    slots = torch.cat([asked.slots for asked in batch.asked])
+    return torch.cat(list(scores))[slots.argsort()]
 
 
 def _continuation(tokenizer: Tokenizer, task: Task, word: str) -> list[int]:

@@ -17,13 +17,16 @@ from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
 from zo_ds.config.schema import ZOConfig
 from zo_ds.data.batches import BatchSampler
 from zo_ds.data.examples import Example, Splits, load_splits
+from zo_ds.engine.engine import ZOEngine
 from zo_ds.errors import ConfigError, DataError
 from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.channel import Channel
 from zo_ds.parallel.units import units_of_rank
 from zo_ds.tasks.registry import Task, resolve_task
 from zo_ds.tasks.scoring import SCORERS, Batch, Scorer
+from zo_ds.trainer.report import log
 
+SETTLING_EXAMPLES = 4
 _DTYPE_BLOCKS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
 
 
@@ -111,13 +114,18 @@ def load(plan: Plan) -> tuple[LoadedModel, Scorer]:
     return loaded, SCORERS[loaded.head](plan.task, loaded.tokenizer, limit)
 
 
+def settle(engine: ZOEngine, scorer: Scorer, plan: Plan) -> None:
+    """Let the scorer find out, on a few examples at the base weights, whether this model takes packed rows."""
+    scorer.settle(engine.module, engine.call, plan.splits.train[:SETTLING_EXAMPLES], engine.device)
+    log.info("%s", f"sequences are {'padded' if scorer.packing is None else 'packed where that saves padding'}")
+
+
 def encode_units(
     examples: Sequence[Example], micro_batch_size: int, scorer: Scorer, channel: Channel, device: torch.device
 ) -> list[Batch]:
     """The micro-batches of a step that this rank computes, on its device."""
     mine = units_of_rank(len(examples) // micro_batch_size, channel.rank, channel.world_size)
-    encoded = [scorer.encode(examples[u * micro_batch_size : (u + 1) * micro_batch_size]) for u in mine]
-    return [{key: value.to(device) for key, value in batch.items()} for batch in encoded]
+    return [scorer.encode(examples[u * micro_batch_size : (u + 1) * micro_batch_size]).to(device) for u in mine]
 
 
 def truncation_note(scorer: Scorer, splits: Splits) -> str:

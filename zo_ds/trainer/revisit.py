@@ -19,7 +19,7 @@ from zo_ds.parallel.channel import open_channel
 from zo_ds.stores.base import trainable_parameters
 from zo_ds.stores.resident import ResidentStore
 from zo_ds.trainer.environment import use_threads
-from zo_ds.trainer.job import check, load, read_weights
+from zo_ds.trainer.job import check, load, read_weights, settle
 from zo_ds.trainer.report import log
 from zo_ds.trainer.run_dir import read_result
 from zo_ds.trainer.train import JOURNAL
@@ -42,6 +42,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     plan = check(config, channel)
     loaded, scorer = load(plan)
     engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
+    settle(engine, scorer, plan)
     engine.load_weights(weights)
     batch_size = config.training.eval_batch_size
     found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device)

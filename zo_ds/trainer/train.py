@@ -24,7 +24,7 @@ from zo_ds.ops.builder import Report
 from zo_ds.parallel.channel import Channel, agree, open_channel
 from zo_ds.tasks.scoring import Batch, Scorer
 from zo_ds.trainer.environment import describe, op_reports, peak_rss_gib, use_threads
-from zo_ds.trainer.job import Plan, check, encode_units, load, make_sampler, read_weights, truncation_note
+from zo_ds.trainer.job import Plan, check, encode_units, load, make_sampler, read_weights, settle, truncation_note
 from zo_ds.trainer.report import Progress, clock, log, start_logging
 from zo_ds.trainer.run_dir import RunDir, default_run_dir
 
@@ -119,6 +119,7 @@ def _run(
     if note:
         log.warning("%s", note)
     engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
+    settle(engine, scorer, plan)
     base = engine.digest()
     agree(channel, f"{plan.fingerprint()} {base}".encode(), "the recipe, the data or the base weights")
     if run_dir is not None:

@@ -1,0 +1,46 @@
+"""Logits at the positions that matter, and only there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo_ds.forward.backbone import find_head, without_adapters
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    """Logits at some positions of a batch; the other positions do not reach the head where it can be told apart.
+
+    Args:
+        model: a causal or masked LM of transformers, with or without adapters.
+        inputs: its keyword arguments, with ``input_ids`` [n, tokens].
+        rows: [positions], sequences.
+        columns: [positions], tokens within them.
+
+    Returns:
+        [positions, vocabulary], in the model's dtype.
+    """
+    examples, width = inputs["input_ids"].shape
+    # The key-value cache would hold every replica's keys and values for nothing.
+    known = inspect.signature(without_adapters(model).forward).parameters
+    extra = {"use_cache": False} if "use_cache" in known and "use_cache" not in inputs else {}
+    head = find_head(model)
+    if head is None:
+        logits: Tensor = model(**inputs, **extra).logits
+        return logits[rows, columns + (logits.shape[1] - width)]
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden: Tensor = args[0]
+        # Soft prompts come before the tokens; a batch may have been repeated for many directions.
+        places = columns + (hidden.shape[1] - width)
+        return (hidden.view(-1, examples, *hidden.shape[1:])[:, rows, places], *args[1:])
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        logits = model(**inputs, **extra).logits
+    finally:
+        hook.remove()
+    return logits[0]
