@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from measure import Bench, show, write_json
 from torch import Tensor
 
 from zo_ds.maths.directions import Site
@@ -41,37 +39,6 @@ TARGETS = {
 }
 
 
-class Bench:
-    """Named functions, timed in turns so that a drifting machine hits all of them alike."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self._device = device
-        self._repeats = repeats
-        self._jobs: dict[str, tuple[Callable[[], object], int]] = {}
-
-    def add(self, name: str, job: Callable[[], object], threads: int = 1) -> None:
-        """Time a function under this name."""
-        self._jobs[name] = (job, threads)
-
-    def run(self) -> dict[str, float]:
-        """Median seconds of each."""
-        times: dict[str, list[float]] = {name: [] for name in self._jobs}
-        for turn in range(self._repeats + 1):
-            for name, (job, threads) in self._jobs.items():
-                torch.set_num_threads(threads)
-                self._wait()
-                begin = time.perf_counter()
-                job()
-                self._wait()
-                if turn:  # the first turn warms up
-                    times[name].append(time.perf_counter() - begin)
-        return {name: statistics.median(values) for name, values in times.items()}
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-
-
 def plan(directions: int) -> Plan:
     """One update of so many directions."""
     terms = tuple(Term(3, i, 1e-6 * (i + 1)) for i in range(directions))
@@ -82,11 +49,11 @@ def add_ops(bench: Bench, name: str, theta: Tensor, two_threads: bool) -> None:
     """The ops and the copy on one tensor."""
     out, plans = torch.empty_like(theta), {n: plan(n) for n in (1, 8, 64)}
     block = out.unsqueeze(0)
-    bench.add(f"copy {name}", lambda: out.copy_(theta))
-    bench.add(f"perturb {name}", lambda: api.perturb(theta, SITE, SEED, [0], [EPS], out=block))
+    bench.add(f"copy {name}", lambda: out.copy_(theta), 1)
+    bench.add(f"perturb {name}", lambda: api.perturb(theta, SITE, SEED, [0], [EPS], out=block), 1)
     for n, fixed in plans.items():
-        bench.add(f"update{n} {name}", partial(api.apply_, [theta], [SITE], fixed))
-    bench.add(f"hash {name}", lambda: api.state_hash(theta, SITE))
+        bench.add(f"update{n} {name}", partial(api.apply_, [theta], [SITE], fixed), 1)
+    bench.add(f"hash {name}", lambda: api.state_hash(theta, SITE), 1)
     if two_threads:
         bench.add(f"copy {name} 2 threads", lambda: out.copy_(theta), 2)
         bench.add(f"perturb {name} 2 threads", lambda: api.perturb(theta, SITE, SEED, [0], [EPS], out=block), 2)
@@ -107,8 +74,8 @@ def add_torch_updates(bench: Bench, theta: Tensor) -> None:
             u = torch.randint(0, 2, theta.shape, generator=generator, dtype=torch.int8, device=theta.device)
             theta.add_(u.mul_(2).sub_(1), alpha=-1e-6)
 
-    bench.add("update8 torch.normal (MeZO)", normal)
-    bench.add("update8 torch.randint (FZOO)", randint)
+    bench.add("update8 torch.normal (MeZO)", normal, 1)
+    bench.add("update8 torch.randint (FZOO)", randint, 1)
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -157,13 +124,8 @@ def main() -> None:
     found = ratios(seconds)
     print(json.dumps(environment, indent=2))
     print(f"\n{options.elements} elements, medians of {options.repeats}\n{report(seconds, options.elements)}\n")
-    for key, value in found.items():
-        sign, wanted = TARGETS[key]
-        met = value <= wanted if sign == "<=" else value >= wanted
-        print(f"{key:<40}{value:>8.2f}   asked {sign} {wanted:<5}{'' if met else '  not reached'}")
-    if options.json:
-        tree: dict[str, Any] = {**found, "seconds": seconds, "elements": options.elements, "environment": environment}
-        options.json.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    show(found, TARGETS)
+    write_json(options.json, {**found, "seconds": seconds, "elements": options.elements, "environment": environment})
 
 
 if __name__ == "__main__":
