@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import VOCABULARY
-from zo_ds.forward.batched import BatchedEvaluator, PassSize
+from zo_ds.forward.batched import BatchedEvaluator
 from zo_ds.forward.displacement import Displacement, Place
 from zo_ds.forward.evaluator import LossFunction
+from zo_ds.forward.joining import PassSize
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
@@ -126,9 +126,3 @@ def gap(found: Pair, batch: Any, places: list[Place]) -> float:
     assert batched.dtype == torch.float64
     assert len({tuple(row) for row in sequential.tolist()}) == len(set(places))
     return float(((batched - sequential).abs() / sequential.abs().clamp(min=1e-3)).max())
-
-
-def marked(known: Mapping[str, str], names: Iterable[str]) -> list[Any]:
-    """Parameters of a test, of which some are known to fail, and why."""
-    marks = {name: pytest.mark.xfail(strict=True, reason=why) for name, why in known.items()}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in names]

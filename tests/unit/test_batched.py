@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import zo_ds
 from tests.conftest import STORES, tiny_model, zo_batch
-from tests.unit.families import batch_for, family, fzoo, gap, marked, mezo, pair, per_example
+from tests.unit.families import batch_for, family, fzoo, gap, mezo, pair, per_example
 from tests.unit.test_forward import AWKWARD, Root
 from zo_ds.errors import ConfigError
 from zo_ds.forward import leaves
@@ -163,11 +163,8 @@ def test_losses_are_those_after_an_update_along_the_direction(layer: str, struct
         assert not torch.allclose(losses[1 + number], wrong, rtol=1e-5, atol=1e-4)
 
 
-SILENT = {"views of parameters given away": "verify.compare passes over a layer whose shape differs; losses unchecked"}
-
-
 @Structure
-@pytest.mark.parametrize("name", marked(SILENT, AWKWARD))
+@pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_modules_are_right_or_refused(name: str, structure: NoiseStructure) -> None:
     torch.manual_seed(1)
     found, refused = pair(AWKWARD[name](), wavy_loss, structure), name == "buffers written in place and replaced"
@@ -198,7 +195,7 @@ def weight_left_alone(module: Any, replicas: Any, original: Any, x: Tensor) -> T
 
 
 def mixed_up(module: Any, replicas: Any, original: Any, x: Tensor) -> Tensor:
-    return leaves._linear(module, replicas, original, x).roll(replicas.examples, 0)
+    return leaves._linear(module, replicas, original, x).roll(replicas.together.examples, 0)
 
 
 @Structure

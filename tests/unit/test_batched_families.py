@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.families import MOE, SPECS, batch_for, family, fzoo, gap, marked, mezo, pair, per_example
+from tests.unit.families import MOE, SPECS, batch_for, family, fzoo, gap, mezo, pair, per_example
 from zo_ds.forward.displacement import Displacement, Place
 from zo_ds.forward.evaluator import LossFunction
 from zo_ds.forward.loss import model_loss
@@ -34,22 +34,13 @@ def test_families(name: str, loss_fn: LossFunction, structure: NoiseStructure) -
     assert gap(found, batch_for(name, 3, 5), fzoo(4)) < EXACT
 
 
-SAMPLED = dict.fromkeys(["gpt2", "bert-mlm", "bert-classes"], "positions [1, tokens, width] are sampled elsewhere")
-
-
-@pytest.mark.parametrize("name", marked(SAMPLED, SPECS))
+@pytest.mark.parametrize("name", SPECS)
 def test_layers_with_more_values_than_are_compared(name: str) -> None:
     # RoBERTa's positions begin at 2.
     assert gap(pair(family(name, max_position_embeddings=18)), batch_for(name, 8, 16), fzoo(4)) < EXACT
 
 
-# It must be called for the answers to be joined; the losses are right all the same.
-UNUSED = dict.fromkeys(
-    ["opt-125m", "opt-350m"], "OPTForCausalLM calls model.decoder, never the backbone 'model' itself"
-)
-
-
-@pytest.mark.parametrize("name", marked(UNUSED, SPECS))
+@pytest.mark.parametrize("name", SPECS)
 def test_blocks_run_once_for_all_places(name: str) -> None:
     found, calls = pair(family(name), replicas=9), [0]
     found.batched.losses(batch_for(name), fzoo(4))
@@ -125,16 +116,10 @@ ADAPTERS: dict[str, Callable[[], nn.Module]] = {
 ADAPTED = {
     f"{name}, {loss.__name__}": (build, loss) for name, build in ADAPTERS.items() for loss in (model_loss, per_example)
 }
-REPEATED = "peft looks one prompt up and repeats it; the leaf has given a row for each example by then"
-UNADAPTED = {
-    "prompt tuning, model_loss": REPEATED,
-    "prompt tuning, per_example": REPEATED,
-    "prefix tuning, model_loss": "check_batch_axis refuses the head's input [R, positions, width] that head.keep makes",
-}
 
 
 @Structure
-@pytest.mark.parametrize("name", marked(UNADAPTED, ADAPTED))
+@pytest.mark.parametrize("name", ADAPTED)
 def test_adapters(name: str, structure: NoiseStructure) -> None:
     build, loss_fn = ADAPTED[name]
     found = pair(build(), loss_fn, structure)
@@ -170,10 +155,7 @@ def test_16_bits(name: str, dtype: torch.dtype, structure: NoiseStructure) -> No
     assert (batched - sequential).abs().max() < (3e-2 if dtype == torch.bfloat16 else 6e-3)
 
 
-BLURRED = dict.fromkeys(["llama", "gemma3", "mixtral"], "verify compares the worst sample with 0.1 of a layer's rms")
-
-
-@pytest.mark.parametrize("name", marked(BLURRED, ["llama", "phi", "gemma3", "mixtral"]))
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma3", "mixtral"])
 def test_roundings_of_16_bits_are_not_taken_for_errors(name: str) -> None:
     for eps in (3e-4, 1e-2):
         for structure in NoiseStructure:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from zo_ds.forward.split import first_tensor, join, part, repeat, same, split
+from zo_ds.forward.split import first_tensor, join, kept, part, repeat, same, split, with_batch_axis
 
 Counts = given(replicas=st.integers(1, 5), examples=st.integers(1, 5), width=st.integers(0, 4), seed=st.integers(0, 99))
 
@@ -28,9 +28,8 @@ def inputs_of(examples: int, width: int, seed: int) -> Any:
 @Counts
 def test_repeat_then_split_gives_each_replica_the_inputs(replicas: int, examples: int, width: int, seed: int) -> None:
     inputs = inputs_of(examples, width, seed)
-    if (examples + 1) % (replicas * examples) == 0:
-        inputs[1].pop("shared")  # its first axis could be that of all replicas
-    parts = split(repeat(inputs, replicas, examples), replicas, examples)
+    batched = with_batch_axis(inputs, examples)
+    parts = split(repeat(inputs, replicas, batched), replicas, batched)
     assert len(parts) == replicas
     assert all(same(each, inputs) for each in parts)
 
@@ -41,7 +40,7 @@ def test_join_then_part_gives_each_replica_its_outputs(replicas: int, examples: 
     for number in range(replicas):
         (x, _), kwargs = inputs_of(examples, width, seed + number)
         outputs.append({"x": x, "more": (kwargs["mask"], [kwargs["pair"][0]]), "none": None, "kind": "text"})
-    joined = join(outputs, examples)
+    joined = join(outputs)
     assert all(same(part(joined, number, replicas, examples), outputs[number]) for number in range(replicas))
     assert part(joined, replicas - 1, replicas, examples)["kind"] == "text"
 
@@ -49,34 +48,38 @@ def test_join_then_part_gives_each_replica_its_outputs(replicas: int, examples: 
 @Counts
 def test_rows_of_a_replica_come_together(replicas: int, examples: int, width: int, seed: int) -> None:
     inputs = inputs_of(examples, width, seed)
-    (x, _), kwargs = repeat(inputs, replicas, examples)
+    (x, _), kwargs = repeat(inputs, replicas, with_batch_axis(inputs, examples))
     assert torch.equal(x, torch.cat([inputs[0][0]] * replicas))
     assert first_tensor(((None, 3), {"a": torch.tensor(1.0), "x": x})) is x
     if replicas * examples > 1:
         assert kwargs["scale"] is inputs[1]["scale"]
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 2), (6, 2), (7, 2)])
-def test_what_does_not_depend_on_the_batch_is_the_same_for_all_examples(shape: tuple[int, ...]) -> None:
-    own = [torch.full(shape, float(number)) for number in range(3)]
-    joined = join(own, 4)
-    rest = shape[1:] if shape[0] == 1 else shape
-    assert joined.shape == (12, *rest)
-    assert [float(row.flatten()[0]) for row in joined] == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+def test_a_mask_of_one_packed_row_costs_no_memory() -> None:
+    mask, ids = torch.randn(1, 1, 5, 5), torch.arange(5)[None]
+    repeated = repeat((mask, ids), 100, [True, True])
+    assert repeated[0].data_ptr() == mask.data_ptr()
+    # The model may write to what is small.
+    repeated[1][3] = 7
+    assert ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert repeated[1][2].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_batch_of_one_costs_no_memory() -> None:
-    x = torch.randn(1, 5)
-    assert repeat(x, 100, 1).data_ptr() == x.data_ptr()
+def test_only_what_is_batched_is_divided() -> None:
+    x, mask = torch.randn(6, 6, 2), torch.zeros(6, 6)
+    parts = split((x, mask), 2, [True, False])
+    assert [each[0].shape for each in parts] == [(3, 6, 2)] * 2
+    assert all(each[1] is mask for each in parts)
+    with pytest.raises(ValueError, match=r"an input of shape \(5, 2\) cannot be divided by 2"):
+        split(torch.randn(5, 2), 2, [True])
 
 
-@pytest.mark.parametrize("examples", [1, 3])
-def test_activations_without_a_batch_axis_cannot_be_split(examples: int) -> None:
-    with pytest.raises(ValueError, match=r"an input of shape \(5, 2\) has no batch axis"):
-        split((torch.randn(5, 2), torch.zeros(2 * examples)), 2, examples)
-    tokens = split((torch.arange(7), torch.arange(2 * examples)), 2, examples)
-    assert [each[0].tolist() for each in tokens] == [list(range(7))] * 2
-    assert [len(each[1]) for each in tokens] == [examples] * 2
+def test_what_is_kept_does_not_change_with_the_caller() -> None:
+    ids = torch.arange(4)
+    copies = kept({"ids": ids, "n": 3})
+    assert same(copies, {"ids": ids, "n": 3})
+    ids[0] = 9
+    assert not same(copies, {"ids": ids, "n": 3})
 
 
 @pytest.mark.parametrize("output", [torch.tensor(1.0), torch.zeros(7), {"x": torch.zeros(6), "cache": object()}])
@@ -96,9 +99,3 @@ def test_same() -> None:
     assert not same(((x,), {"a": 1}), ((x,), {"b": 1}))
     assert not same(1, True)
     assert tree_flatten((x, {"a": 1}))[1] == tree_flatten((x + 1, {"a": 2}))[1]
-
-
-@pytest.mark.xfail(strict=True, reason="split divides whatever has R * n rows, also a mask or positions of that length")
-def test_a_square_mask_of_as_many_tokens_as_sequences_is_left_whole() -> None:
-    x, mask = torch.randn(6, 6, 2), torch.zeros(6, 6)
-    assert [each[1].shape for each in split((x, mask), 2, 3)] == [(6, 6)] * 2

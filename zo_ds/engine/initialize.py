@@ -15,8 +15,9 @@ from zo_ds.config.load import validate
 from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
 from zo_ds.errors import ConfigError
-from zo_ds.forward.batched import BatchedEvaluator, PassSize
+from zo_ds.forward.batched import BatchedEvaluator
 from zo_ds.forward.evaluator import Evaluator, LossFunction
+from zo_ds.forward.joining import PassSize
 from zo_ds.forward.loss import model_loss
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator

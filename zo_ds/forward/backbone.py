@@ -17,12 +17,8 @@ def find_backbone(model: nn.Module) -> nn.Module:
     """The module whose calls are joined.
 
     A transformers model names its part below the head (``base_model_prefix``); the head, whose output is by far the
-    largest activation, and the loss then run one replica at a time. Prompt-learning adapters put their own inputs
-    before it, so there, as for any other module, it is the whole model.
+    largest activation, and the loss then run one replica at a time. Any other module is joined as a whole.
     """
-    adapters: Any = getattr(model, "peft_config", None) or {}
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
-        return model
     inner: Any = without_adapters(model)
     below = getattr(inner, getattr(inner, "base_model_prefix", "") or "base_model", None)
     return below if isinstance(below, nn.Module) else model

@@ -68,7 +68,7 @@ class Evaluator(ABC):
 
     def _run(self, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
         self.module.eval()
-        with torch.inference_mode(), self._autocast(), self._buffers.unchanged():
+        with torch.inference_mode(), _plain_attention(), self._autocast(), self._buffers.unchanged():
             return function(self.module, batch)
 
     def _losses_here(self, batch: Batch) -> Tensor:
@@ -90,3 +90,15 @@ class Evaluator(ABC):
         # The cache would keep a cast of perturbed weights beyond their module.
         with torch.autocast(self._device_type, dtype=self.autocast_dtype, cache_enabled=False):
             yield
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without torch's fused encoder layers, which read the weights of modules that they do not call."""
+    backend: Any = torch.backends.mha
+    before = backend.get_fastpath_enabled()
+    backend.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        backend.set_fastpath_enabled(before)

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from zo_ds.errors import ConfigError
 from zo_ds.forward import products
 from zo_ds.forward.modules import Forward, own_parameters
-from zo_ds.forward.replicas import Replicas
+from zo_ds.forward.replicas import LostAxisError, Replicas
 from zo_ds.maths.directions import NoiseStructure
 from zo_ds.maths.noise import Stream
 
@@ -53,21 +52,6 @@ def leaf_of(module: nn.Module) -> Leaf | None:
     return None
 
 
-def check_batch_axis(module: nn.Module, replicas: Replicas, x: Tensor) -> None:
-    """Refuse activations that are not replica-major.
-
-    Raises:
-        ConfigError: naming the kind of module.
-    """
-    if replicas.count > 1 and (x.dim() == 0 or x.shape[0] % (replicas.count * replicas.examples)):
-        raise ConfigError(
-            f"the input of a {type(module).__name__} has lost the batch axis: its shape is {tuple(x.shape)}",
-            where="forward under several directions at once",
-            why=f"{replicas.count} replicas of {replicas.examples} sequences were put in",
-            remedy="set zeroth_order.forward to sequential",
-        )
-
-
 def _linear(module: nn.Linear, replicas: Replicas, original: Forward, x: Tensor) -> Tensor:
     return _product(module, replicas, x, module.weight, module.bias, transposed=False)
 
@@ -80,7 +64,7 @@ def _product(
     module: nn.Module, replicas: Replicas, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
 ) -> Tensor:
     """``x (W + eps_i u_i)^T + b_i``; transposed: W is [in, out], as in GPT-2."""
-    check_batch_axis(module, replicas, x)
+    replicas.check(module, x)
     dtype = compute_dtype(x)
     fan_in, fan_out = weight.shape if transposed else weight.shape[::-1]
     inputs = x.to(dtype).reshape(replicas.count, -1, fan_in).contiguous()
@@ -151,13 +135,14 @@ def _gather(module: nn.Embedding, replicas: Replicas, ids: Tensor) -> Tensor:
     """Rows of the table for each replica, whose ids may be given once for all of them (positions)."""
     table, count = module.weight, replicas.count
     dtype = torch.float32 if replicas.loses_eps(table.dtype) else table.dtype
-    lead = count * replicas.examples
-    if ids.dim() == 0 or ids.shape[0] % lead:
-        if ids.dim() > 1 and ids.shape[0] != 1:
-            check_batch_axis(module, replicas, ids)
+    if count > 1 and replicas.is_shared(module, ids):
+        if ids.dim() == 0:
+            raise LostAxisError(f"the input of a {type(module).__name__} is one number for all examples")
         rows = replicas.rows(table, ids, dtype)
-        rows = rows if ids.dim() > 1 else rows.unsqueeze(1)
-        return rows.expand(count, replicas.examples, *rows.shape[2:]).reshape(lead, *rows.shape[2:])
+        rows = rows if ids.dim() > 1 and ids.shape[0] == 1 else rows.unsqueeze(1)
+        examples = replicas.together.examples
+        return rows.expand(count, examples, *rows.shape[2:]).reshape(count * examples, *rows.shape[2:])
+    replicas.check(module, ids)
     each = ids.reshape(count, -1)
     if bool((each == each[0]).all()):
         rows = replicas.rows(table, each[0], dtype)
@@ -192,7 +177,7 @@ def _embedding_within(module: nn.Embedding, replicas: Replicas, original: Forwar
 def _layer_norm(module: nn.LayerNorm, replicas: Replicas, original: Forward, x: Tensor) -> Tensor:
     if not replicas.displaces(module.weight) and not replicas.displaces(module.bias):
         return _tensor(original(x))
-    check_batch_axis(module, replicas, x)
+    replicas.check(module, x)
     wide = x.float()
     normal = F.layer_norm(wide, module.normalized_shape, None, None, module.eps)
     return _affine(replicas, normal, module.weight, module.bias).to(norm_dtype(x)).view(x.shape)
@@ -201,7 +186,7 @@ def _layer_norm(module: nn.LayerNorm, replicas: Replicas, original: Forward, x: 
 def _rms_norm(module: nn.RMSNorm, replicas: Replicas, original: Forward, x: Tensor) -> Tensor:
     if not replicas.displaces(module.weight):
         return _tensor(original(x))
-    check_batch_axis(module, replicas, x)
+    replicas.check(module, x)
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
     normal = F.rms_norm(x.float(), list(module.normalized_shape), None, eps)
     return _affine(replicas, normal, module.weight, None).to(norm_dtype(x)).view(x.shape)
@@ -224,13 +209,13 @@ def elementwise(module: nn.Module, replicas: Replicas, original: Forward, x: Ten
         return _tensor(original(x))
     if any(vector.numel() != width for vector in vectors):
         raise NotALeafError
-    check_batch_axis(module, replicas, x)
+    replicas.check(module, x)
     theta = [vector.data for vector in vectors]
     try:
         for vector in vectors:
             vector.data = replicas.all(vector).view(replicas.count, 1, width)
         result = _tensor(original(x.reshape(replicas.count, -1, width)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise NotALeafError from error
     finally:
         for vector, data in zip(vectors, theta, strict=True):

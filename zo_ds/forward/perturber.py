@@ -8,7 +8,7 @@ forward, and so after DeepSpeed's hooks have gathered a ZeRO-3 parameter and bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
+from zo_ds.forward.axes import Axes
 from zo_ds.forward.displacement import Displacement, Place
 from zo_ds.forward.leaves import Leaf, NotALeafError, elementwise, leaf_of
 from zo_ds.forward.modules import Forward, is_unshared, own_parameters, stand_in
-from zo_ds.forward.replicas import Replicas, Scratch
+from zo_ds.forward.replicas import LostAxisError, Replicas, Scratch, Together
 from zo_ds.forward.split import join, split
 from zo_ds.forward.survey import Guests, find_guests
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
@@ -43,7 +44,8 @@ class Perturber:
         self._module = module
         self._place: Place = None
         self._replicas: Replicas | None = None
-        self._joined = (0, 0)
+        self._joined: Together | None = None
+        self._axes: dict[nn.Module, Axes] = {}
         self._originals: dict[nn.Parameter, Tensor] = {}
         self._depth: dict[nn.Parameter, int] = {}
         self._shelves: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
@@ -56,20 +58,23 @@ class Perturber:
                 self._stand_in(child)
 
     @property
-    def holders(self) -> set[nn.Module]:
-        """Modules that hold parameters."""
-        return set(self._leaves)
+    def holders(self) -> dict[nn.Module, bool]:
+        """Modules that hold parameters, and whether the registry computes them for many replicas at once."""
+        return {module: leaf is not None for module, leaf in self._leaves.items()}
 
     def uses_parameters(self, module: nn.Module) -> bool:
         """Whether a module's own code reads trained parameters, in a way the registry does not know."""
         return bool(self._subject(module)) and self._leaves[module] is None
 
     @property
-    def running(self) -> tuple[int, int]:
-        """(number of the first place, places) that run together; (0, 1) for one alone, (0, 0) for one among them."""
-        if self._joined[1] and self._replicas is not None and self._replicas.count != self._joined[1]:
-            return 0, 0
-        return self._joined if self._joined[1] else (0, 1)
+    def joined(self) -> Together | None:
+        """The places that flow through the model at present, None if one runs alone."""
+        return self._joined
+
+    @property
+    def within_one(self) -> bool:
+        """Whether a module runs for one of the joined places on its own."""
+        return self._joined is not None and self._replicas is not None and self._replicas.together is not self._joined
 
     @contextmanager
     def displaced(self, place: Place, *, leaves: bool = False) -> Iterator[None]:
@@ -81,7 +86,7 @@ class Perturber:
                 on displaced copies.
         """
         self._place = place
-        self._replicas = self._replicas_of((place,), 1) if leaves else None
+        self._replicas = self._replicas_of(Together((place,))) if leaves else None
         try:
             if place is not None:
                 for parameter in self._guests.get(None, {}):
@@ -96,24 +101,18 @@ class Perturber:
             self._depth.clear()
 
     @contextmanager
-    def together(self, places: Sequence[Place], examples: int, first: int = 0) -> Iterator[None]:
-        """Within this context modules take activations of R places, replica-major.
-
-        Args:
-            places: R places of one seed.
-            examples: first axis of each replica's inputs.
-            first: number of the first of them, see `running`.
-        """
+    def together(self, places: Together) -> Iterator[None]:
+        """Within this context modules take activations of many places, replica-major."""
         outside = (self._place, self._replicas, self._originals, self._depth)
         shown = {parameter: parameter.data for parameter in self._originals}
         for parameter, original in self._originals.items():
             parameter.data = original
-        self._originals, self._depth, self._joined = {}, {}, (first, len(places))
-        self._place, self._replicas = None, self._replicas_of(places, examples)
+        self._originals, self._depth, self._joined = {}, {}, places
+        self._place, self._replicas = None, self._replicas_of(places)
         try:
             yield
         finally:
-            self._joined = (0, 0)
+            self._joined = None
             self._place, self._replicas, self._originals, self._depth = outside
             for parameter, copy in shown.items():
                 parameter.data = copy
@@ -129,14 +128,18 @@ class Perturber:
             if host is not None:
                 self.run_each(host)
 
+    def know(self, axes: Mapping[nn.Module, Axes]) -> None:
+        """Learn which inputs of modules have the batch axis."""
+        self._axes = dict(axes)
+
     def run_each(self, module: nn.Module) -> None:
         """From now on, run a module once for each replica: something in it loses the batch axis."""
         if module not in self._leaves:
             self._stand_in(module)
         self._leaves[module] = None
 
-    def _replicas_of(self, places: Sequence[Place], examples: int) -> Replicas:
-        return Replicas(places, examples, self._infos, self._structure, self._scratch, self._originals)
+    def _replicas_of(self, places: Together) -> Replicas:
+        return Replicas(places, self._infos, self._structure, self._scratch, self._originals, self._axes)
 
     def _stand_in(self, module: nn.Module) -> None:
         self._leaves[module] = leaf_of(module)
@@ -180,22 +183,18 @@ class Perturber:
             replicas.displaces(p) for p in module.parameters()
         ):
             return original(*args, **kwargs)
-        try:
-            parts = split((args, kwargs), replicas.count, replicas.examples)
-        except ValueError as error:
-            raise ConfigError(
-                f"a {type(module).__name__} cannot be run for several directions at once: {error}",
-                where="forward",
-                remedy="set zeroth_order.forward to sequential",
-            ) from error
+        batched = replicas.batched(module, (args, kwargs))
+        if not any(batched):
+            raise LostAxisError(f"no input of a {type(module).__name__} has a batch axis")
         outputs = []
         try:
+            parts = split((args, kwargs), replicas.count, batched)
             for place, (own_args, own_kwargs) in zip(replicas.places, parts, strict=True):
-                self._replicas = self._replicas_of((place,), 1)
+                self._replicas = self._replicas_of(Together((place,)))
                 outputs.append(self._alone(module, place, original, own_args, own_kwargs))
         finally:
             self._replicas = replicas
-        return join(outputs, replicas.examples)
+        return join(outputs)
 
     def _alone(
         self, module: nn.Module, place: Place, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -206,7 +205,7 @@ class Perturber:
         if _only_gathers_rows(module, args, kwargs):
             (table,) = own_parameters(module)
             if table in self._infos and table not in self._originals:
-                return self._replicas_of((place,), 1).rows(table, args[0], table.dtype)[0]
+                return self._replicas_of(Together((place,))).rows(table, args[0], table.dtype)[0]
         subject = self._subject(module)
         try:
             for parameter in subject:

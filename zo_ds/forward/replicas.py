@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from zo_ds.forward.axes import BATCHED, Axes, Axis, tensors_of
 from zo_ds.forward.displacement import Place
 from zo_ds.maths.directions import NoiseStructure, ParamInfo, Site
 from zo_ds.maths.noise import Stream, sign_table
@@ -45,33 +48,63 @@ class Block(NamedTuple):
     site: Site
 
 
+class LostAxisError(Exception):
+    """A layer was given something that is not replica-major."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """What flows through the model at once.
+
+    Attributes:
+        places: R of them, of one step seed.
+        examples: first axis of each replica's own inputs.
+        tokens: of each example.
+        first: number of the first place in the step.
+    """
+
+    places: tuple[Place, ...]
+    examples: int = 1
+    tokens: int = 1
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return len(self.places)
+
+    def length(self, axis: Axis) -> int:
+        """First axis of a replica-major tensor."""
+        return self.count * self.examples * (self.tokens if axis is Axis.TOKENS else 1)
+
+
 class Replicas:
     """What a layer sees of R places at once.
 
     Args:
-        places: R of them, of one step seed.
-        examples: first axis of each replica's own inputs.
+        together: the places.
         infos: what is displaced.
         structure: how directions are built.
         scratch: for displaced blocks.
         originals: theta of parameters whose ``.data`` is a displaced copy at present.
+        axes: what is known of modules' inputs.
     """
 
     def __init__(
         self,
-        places: Sequence[Place],
-        examples: int,
+        together: Together,
         infos: Mapping[Any, ParamInfo],
         structure: NoiseStructure,
         scratch: Scratch,
         originals: Mapping[Any, Tensor],
+        axes: Mapping[nn.Module, Axes],
     ) -> None:
-        self.places, self.examples, self.structure = tuple(places), examples, structure
-        self._infos, self._scratch, self._originals = infos, scratch, originals
+        self.together, self.places, self.structure = together, together.places, structure
+        self._infos, self._scratch, self._originals, self._axes = infos, scratch, originals, axes
         # A clean replica is one whose noise is multiplied by zero.
-        self._seed = next((place.seed for place in places if place is not None), 0)
-        self._directions = [0 if place is None else place.direction for place in places]
-        self._radii = [0.0 if place is None else place.eps for place in places]
+        self._seed = next((place.seed for place in self.places if place is not None), 0)
+        self._directions = [0 if place is None else place.direction for place in self.places]
+        self._radii = [0.0 if place is None else place.eps for place in self.places]
 
     @property
     def count(self) -> int:
@@ -82,6 +115,35 @@ class Replicas:
     def radii(self) -> list[float]:
         """The eps of each replica, 0 for a clean one."""
         return self._radii
+
+    def check(self, module: nn.Module, x: Tensor) -> None:
+        """Refuse activations that are not replica-major.
+
+        Raises:
+            LostAxisError: naming the kind of module.
+        """
+        if self.count > 1 and (x.dim() == 0 or x.shape[0] not in self._lengths(module)):
+            raise LostAxisError(f"the input of a {type(module).__name__} has lost the batch axis: {tuple(x.shape)}")
+
+    def is_shared(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether an input is given once for all examples of all replicas."""
+        known = self._axes.get(module)
+        if known:
+            return known[0] is Axis.NONE
+        return x.dim() == 0 or x.shape[0] not in self._lengths(module)
+
+    def batched(self, module: nn.Module, inputs: Any) -> list[bool]:
+        """For each leaf of a call's inputs, whether it is a replica-major tensor."""
+        leaves, tensors = tree_leaves(inputs), tensors_of(inputs)
+        known = self._axes.get(module, ())
+        if len(known) != len(tensors):
+            known = tuple(Axis.EXAMPLES if t.shape[0] in self._lengths(module) else Axis.NONE for t in tensors)
+        of = {id(tensor): axis for tensor, axis in zip(tensors, known, strict=True)}
+        return [of.get(id(leaf)) in BATCHED for leaf in leaves]
+
+    def _lengths(self, module: nn.Module) -> set[int]:
+        known = [axis for axis in self._axes.get(module, ())[:1] if axis in BATCHED]
+        return {self.together.length(axis) for axis in known or BATCHED}
 
     def displaces(self, parameter: Tensor | None) -> bool:
         """Whether any replica sees it displaced."""

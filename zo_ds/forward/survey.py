@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,47 +125,3 @@ class _Results(TorchFunctionMode):
         if getattr(func, "__name__", "") not in ("__get__", "__set__", "t", "transpose"):
             self._note(result)
         return result
-
-
-@contextmanager
-def hosts_of_lost_axes(
-    backbone: nn.Module, holders: Collection[nn.Module], lead: Tensor
-) -> Iterator[dict[nn.Module | None, str]]:
-    """Within this context, find layers whose input has no batch axis (an expert of a mixture sees some tokens).
-
-    Args:
-        backbone: runs once within the context.
-        holders: the layers that hold parameters, and so must tell replicas apart.
-        lead: the first tensor of its inputs, [examples, ...].
-
-    Yields:
-        The innermost module around such a layer whose own input does have the axis, with the layer's name; None where
-        there is no such module.
-    """
-    examples = lead.shape[0]
-    first_axes = {examples, examples * lead.shape[1]} if lead.dim() > 1 else {examples}
-    hosts: dict[nn.Module | None, str] = {}
-    running: list[tuple[nn.Module, bool]] = []
-
-    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-        activations = [t for t in tensors if t.is_floating_point()]
-        whole = not activations or activations[0].shape[0] in first_axes
-        running.append((module, whole and bool(activations)))
-        if module in holders and not whole:
-            hosts.setdefault(next((host for host, good in reversed(running) if good), None), name)
-
-    hooks = [
-        hook
-        for name, child in backbone.named_modules()
-        if child is not backbone
-        for hook in (
-            child.register_forward_pre_hook(partial(enter, name), with_kwargs=True, prepend=True),
-            child.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True),
-        )
-    ]
-    try:
-        yield hosts
-    finally:
-        for hook in hooks:
-            hook.remove()
