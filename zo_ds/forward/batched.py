@@ -21,6 +21,7 @@ from zo_ds.forward.backbone import Backbone, find_backbone, outside_of
 from zo_ds.forward.displacement import Place
 from zo_ds.forward.evaluator import Batch, Evaluator, LossFunction, Result
 from zo_ds.forward.joining import Joiner, PassSize
+from zo_ds.forward.memory import give_back
 from zo_ds.forward.modules import Forward, own_parameters
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator
@@ -198,6 +199,9 @@ class BatchedEvaluator(Evaluator):
         if wrong or difference is not None:
             self._refuse(difference, numbers, expected, found)
         self._verified = True
+        # The sequential evaluator has shown whole parameters, the head's too.
+        self.perturber.forget_copies()
+        give_back()
         return found
 
     def _refuse(

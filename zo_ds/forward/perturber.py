@@ -128,6 +128,10 @@ class Perturber:
             if host is not None:
                 self.run_each(host)
 
+    def forget_copies(self) -> None:
+        """Free the scratch copies of whole parameters; they are made again where they are needed."""
+        self._shelves.clear()
+
     def know(self, axes: Mapping[nn.Module, Axes]) -> None:
         """Learn which inputs of modules have the batch axis."""
         self._axes = dict(axes)
