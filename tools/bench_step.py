@@ -1,6 +1,6 @@
 """Times a training step against the forwards of the plain model, the sequential step, and what rivals publish.
 
-    python tools/bench_step.py [--only memory,real,opt125m,small,published] [--repeats N] [--json PATH]
+    python tools/bench_step.py [--only memory,real,opt125m,small,published,profile] [--repeats N] [--json PATH]
 
 Medians, all in one process. `plain` is transformers' own forward of the padded batch with its full logits; a step of N
 directions is held against N + 1 of them. Two threads or as many as there are cores, one for what rivals publish.
@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Bench, peak_mib, show, write_json
+from measure import Bench, peak_mib, show, wait, write_json
 from published import fzoo_step, mezo_step
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -27,10 +29,11 @@ from zo_ds.config.load import load_config
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.forward import products
 from zo_ds.forward.loss import model_loss
+from zo_ds.ops import api
 from zo_ds.parallel.channel import SoloChannel
 from zo_ds.tasks.layout import pad
 from zo_ds.trainer.environment import describe, use_threads
-from zo_ds.trainer.job import check, encode_units, load, make_sampler
+from zo_ds.trainer.job import check, encode_units, load, make_sampler, settle
 
 N = 8
 EPS, LR = 1e-3, 1e-4
@@ -95,24 +98,37 @@ def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+class Quickstart:
+    """The quickstart's model, its data and an engine for them."""
+
+    def __init__(self, forward: str = "batched") -> None:
+        self._channel = SoloChannel()
+        config = load_config(Path("configs/quickstart.yaml"), [f"zeroth_order.forward={forward}"])
+        self._plan = check(config, self._channel)
+        loaded, self.scorer = load(self._plan)
+        self._sampler = make_sampler(config, self._plan.splits, self.scorer)
+        self.model = loaded.module
+        self.engine = zo_ds.initialize(loaded.module, config, loss_fn=self.scorer.loss, channel=self._channel)
+        if forward == "batched":
+            settle(self.engine, self.scorer, self._plan)
+
+    def batch(self, step: int) -> tuple[list[Any], dict[str, Tensor]]:
+        """A step's units of work, and the same sequences as a padded batch."""
+        examples = [self._plan.splits.train[index] for index in self._sampler.indices(step)]
+        padded = pad([self.scorer.prompts.encode(example.text) for example in examples], 0)
+        units = encode_units(examples, len(examples), self.scorer, self._channel, DEVICE)
+        return units, {key: value.to(DEVICE) for key, value in padded.items()}
+
+
 def real(repeats: int) -> Found:
     """The quickstart's own batches."""
-    config, channel = load_config(Path("configs/quickstart.yaml"), []), SoloChannel()
-    plan = check(config, channel)
-    loaded, scorer = load(plan)
-    sampler = make_sampler(config, plan.splits, scorer)
-    engine = zo_ds.initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
-    scorer.settle(engine.module, engine.call, plan.splits.train[:4], DEVICE)
+    quickstart = Quickstart()
     bench = Bench(DEVICE, repeats)
     batches = 8
     for step in range(batches):
-        examples = [plan.splits.train[index] for index in sampler.indices(step)]
-        units = encode_units(examples, len(examples), scorer, channel, DEVICE)
-        padded = {
-            key: value.to(DEVICE) for key, value in pad([scorer.prompts.encode(e.text) for e in examples], 0).items()
-        }
-        bench.add(f"plain {step}", partial(plain, loaded.module, padded))
-        bench.add(f"step {step}", partial(engine.step, units))
+        units, padded = quickstart.batch(step)
+        bench.add(f"plain {step}", partial(plain, quickstart.model, padded))
+        bench.add(f"step {step}", partial(quickstart.engine.step, units))
     seconds = bench.run()
     whole = {kind: sum(seconds[f"{kind} {step}"] for step in range(batches)) for kind in ("plain", "step")}
     return {
@@ -139,6 +155,64 @@ def opt125m(repeats: int) -> Found:
         (N + 1) * seconds["plain"]
     )
     return {"opt125m_plain_s": seconds["plain"], **found}
+
+
+def profile(repeats: int) -> Found:
+    """Where the quickstart's step spends its time, sequential and batched."""
+    found: Found = {}
+    for forward in ("sequential", "batched"):
+        quickstart = Quickstart(forward)
+        rows: list[Found] = []
+        for step in range(repeats + 2):
+            units, _ = quickstart.batch(step)
+            with Phases() as phases:
+                quickstart.engine.step(units)
+            rows.append(phases.seconds)
+        for phase in rows[0]:
+            # The first step learns and verifies.
+            found[f"profile_{forward}_{phase}_s"] = statistics.median(row[phase] for row in rows[2:])
+    return found
+
+
+class Phases:
+    """Time spent in what a step consists of, within a context; what is left are elementwise operations and Python."""
+
+    PARTS: tuple[tuple[Any, str, str], ...] = (
+        (api, "perturb", "perturbation"),
+        (api, "embedding_rows", "perturbation"),
+        (api, "apply_", "update"),
+        (products, "linear", "products"),
+        (nn.functional, "linear", "products"),
+        (nn.functional, "scaled_dot_product_attention", "attention"),
+    )
+
+    def __init__(self) -> None:
+        self.seconds: Found = dict.fromkeys(["products", "perturbation", "attention", "update", "rest", "whole"], 0.0)
+        self._originals = [getattr(module, name) for module, name, _ in self.PARTS]
+
+    def __enter__(self) -> Phases:
+        for (module, name, part), original in zip(self.PARTS, self._originals, strict=True):
+            setattr(module, name, partial(self._timed, original, part))
+        self._begin = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds["whole"] = self._now() - self._begin
+        self.seconds["rest"] = 2 * self.seconds["whole"] - sum(self.seconds.values())
+        for place, original in zip(self.PARTS, self._originals, strict=True):
+            setattr(place[0], place[1], original)
+
+    def _timed(self, original: Callable[..., Any], part: str, *args: Any, **options: Any) -> Any:
+        begin = self._now()
+        try:
+            return original(*args, **options)
+        finally:
+            self.seconds[part] += self._now() - begin
+
+    @staticmethod
+    def _now() -> float:
+        wait(DEVICE)
+        return time.perf_counter()
 
 
 def without_onednn(engine: ZOEngine, batch: dict[str, Tensor]) -> None:
@@ -219,7 +293,7 @@ def memory(repeats: int) -> Found:
 
 
 # Memory first, before others leave freed blocks in the process.
-CASES = {"memory": memory, "real": real, "opt125m": opt125m, "small": small, "published": published}
+CASES = {"memory": memory, "real": real, "opt125m": opt125m, "small": small, "published": published, "profile": profile}
 
 
 def main() -> None:
