@@ -47,7 +47,7 @@ class Packing:
         windows = [
             getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")
         ]
-        half = any(parameter.dim() > 1 and parameter.element_size() == 2 for parameter in module.parameters())
+        half = any(parameter.dtype.itemsize == 2 for parameter in module.parameters())
         return cls(
             causal,
             first_position,
