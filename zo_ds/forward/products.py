@@ -15,7 +15,7 @@ def _onednn() -> Any:
     """The fp32 product of oneDNN, or None.
 
     torch hands fp32 products on the CPU to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN
-    takes AVX-512 wherever there is any (2.1 times as fast on Zen 5: tools/bench_step.py, ``onednn_speedup``).
+    takes AVX-512 wherever there is any (a step takes half the time on Zen 5: tools/bench_step.py, opt125m).
     """
     backend: Any = torch.backends.mkldnn
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if backend.is_available() else None
