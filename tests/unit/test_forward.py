@@ -288,6 +288,24 @@ def test_model_without_a_loss_is_refused() -> None:
         model_loss(linear(), torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_only_labelled_positions_reach_the_head(family: str) -> None:
+    model, batch = tiny_model(family).eval(), zo_batch(family)
+    batch["labels"][:, :5] = -100
+    seen: list[int] = []
+    with torch.no_grad():
+        wanted = model(**batch).loss
+        model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[:-1].numel()))
+        found = model_loss(model, batch)
+    assert seen == [int((batch["labels"][:, 1:] != -100).sum())]
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    # Whatever asks for more than the plain loss gets the model's own.
+    with torch.no_grad():
+        assert torch.equal(
+            model_loss(model, {**batch, "num_items_in_batch": 3}), model(**batch, num_items_in_batch=3).loss
+        )
+
+
 def test_calls_see_evaluation_mode_without_gradients() -> None:
     setup = set_up(nn.Sequential(linear(), nn.Dropout(0.9)).train())
     batch = torch.randn(3, 4)

@@ -183,9 +183,7 @@ class Perturber:
         """One call for each replica, at that replica's weights."""
         if replicas.count == 1:
             return self._alone(module, replicas.places[0], original, args, kwargs)
-        if not any(map(replicas.displaces, self._subject(module))) and not any(
-            replicas.displaces(p) for p in module.parameters()
-        ):
+        if not any(map(replicas.displaces, (*self._subject(module), *module.parameters()))):
             return original(*args, **kwargs)
         batched = replicas.batched(module, (args, kwargs))
         if not any(batched):

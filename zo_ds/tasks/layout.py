@@ -52,19 +52,18 @@ class Layout:
     places: list[tuple[int, int, int]]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int, *, may_split: bool = True) -> Layout:
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Layout:
     """Rows of token ids padded on the right, in groups of like length.
 
     Args:
         rows: token ids.
         pad_id: any token; it is masked.
-        may_split: whether to make several groups where that saves padding.
     """
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))
     lengths = [len(rows[number]) for number in order]
     parts: list[Part] = []
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(rows)
-    for start, stop in _groups(lengths) if may_split else [(0, len(rows))]:
+    for start, stop in _groups(lengths):
         # A single group keeps the order that it was given.
         members = order[start:stop] if stop - start < len(rows) else list(range(len(rows)))
         for row, number in enumerate(members):

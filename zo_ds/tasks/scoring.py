@@ -114,12 +114,13 @@ class Scorer(ABC):
             return call(self.scores, self.encode(examples).to(device))
 
         self.packing = None
-        alone = scores()
-        for candidate in self.packings(module):
+        candidates = self.packings(module)
+        alone = scores() if candidates else torch.empty(0)
+        lengths = [Prompt((0,) * self.length(example)) for example in examples]
+        for candidate in candidates:
             self.packing = replace(candidate, rows=1)
-            if candidate.takes([Prompt((0,) * self.length(example)) for example in examples]):
-                self.packing = candidate if candidate.gives(alone, scores) else None
-            if self.packing is candidate:
+            if candidate.takes(lengths) and candidate.gives(alone, scores):
+                self.packing = candidate
                 return
         self.packing = None
 
