@@ -211,7 +211,10 @@ class BatchedEvaluator(Evaluator):
             f"{float(found[number].mean()):.9g} for {float(wanted.mean()):.9g}"
             for number, wanted in zip(numbers, expected, strict=True)
         )
-        what = "the loss function" if difference is None else f"layer '{difference.layer}'"
+        what = "the loss function"
+        if difference is not None:
+            # The root has no name.
+            what = f"layer '{difference.layer}'" if difference.layer else f"the {type(self.module).__name__} itself"
         values = "" if difference is None else f"{difference.batched} batched, {difference.sequential} alone; "
         raise ConfigError(
             f"{what} gives other values for several directions at once than for one",
