@@ -50,6 +50,18 @@ def test_blocks_run_once_for_all_places(name: str) -> None:
     assert calls == [1]
 
 
+def test_a_batch_that_fails_first_does_not_cost_the_joining() -> None:
+    found, calls = pair(family("opt-125m"), replicas=9), [0]
+    bad = {**batch_for("opt-125m"), "input_ids": batch_for("opt-125m")["input_ids"] + 10_000}
+    with pytest.raises(IndexError):
+        found.batched.losses(bad, fzoo(4))
+    found.batched.losses(batch_for("opt-125m"), fzoo(4))
+    block = next(m for m in found.model.modules() if isinstance(m, nn.ModuleList))[0]
+    block.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    found.batched.losses(batch_for("opt-125m"), fzoo(4))
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("name", sorted(MOE))
 def test_routing_of_each_place_is_its_own(name: str) -> None:
     # Large enough for tokens to change experts, in batches of several shapes.

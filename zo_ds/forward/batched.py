@@ -115,7 +115,6 @@ class BatchedEvaluator(Evaluator):
 
     def _learn(self, batch: Batch) -> None:
         """Look at forwards at theta: how the model uses its parameters, and which inputs have the batch axis."""
-        self._learned = True
         self._find_what_runs(batch)
         backbone = self._joiner.backbone
         hosts: dict[nn.Module | None, str] = {None: f"{type(backbone.module).__name__} was not called; nothing"}
@@ -141,6 +140,7 @@ class BatchedEvaluator(Evaluator):
         self._head = list(
             dict.fromkeys(p for other in outside_of(backbone.module, self.module) for p in own_parameters(other))
         )
+        self._learned = True
 
     def _find_what_runs(self, batch: Batch) -> None:
         """Survey the model; and if it goes past its backbone to a module below, take that one."""
