@@ -107,8 +107,9 @@ def pair(
 ) -> Pair:
     infos = trainable_parameters(model.eval())
     perturber = Perturber(model, infos, structure)
-    batched = BatchedEvaluator(model, perturber, loss_fn, autocast, pass_size=PassSize(**size))
-    return Pair(model, infos, batched, SequentialEvaluator(model, perturber, loss_fn, autocast), structure)
+    sequential = SequentialEvaluator(model, perturber, loss_fn, autocast)
+    batched = BatchedEvaluator(sequential, pass_size=PassSize(**size))
+    return Pair(model, infos, batched, sequential, structure)
 
 
 def fzoo(directions: int, eps: float = 1e-2, seed: int = 7) -> list[Place]:

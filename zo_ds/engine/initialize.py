@@ -77,13 +77,12 @@ def _evaluator(
     model = store.module
     half = {p.dtype for p in model.parameters()} & set(_DTYPES.values())
     autocast_dtype = next(iter(half), None)
+    sequential = SequentialEvaluator(model, perturber, loss_fn, autocast_dtype, device_type)
     if config.forward == "sequential":
-        return SequentialEvaluator(model, perturber, loss_fn, autocast_dtype, device_type)
+        return sequential
     replicas = None if config.replicas_per_pass == "auto" else config.replicas_per_pass
     size = PassSize(replicas, config.activation_budget_mib * 2**20, config.strict)
-    return BatchedEvaluator(
-        model, perturber, loss_fn, autocast_dtype, device_type, pass_size=size, gathered=store.gathered
-    )
+    return BatchedEvaluator(sequential, pass_size=size, gathered=store.gathered)
 
 
 def _split(

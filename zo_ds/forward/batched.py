@@ -19,11 +19,10 @@ from zo_ds.errors import ConfigError
 from zo_ds.forward.axes import calls_of, find_axes
 from zo_ds.forward.backbone import Backbone, find_backbone, outside_of
 from zo_ds.forward.displacement import Place
-from zo_ds.forward.evaluator import Batch, Evaluator, LossFunction, Result
+from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.forward.joining import Joiner, PassSize
 from zo_ds.forward.memory import give_back
 from zo_ds.forward.modules import Forward, own_parameters
-from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.forward.split import first_tensor, is_plain, repeat
 from zo_ds.forward.survey import largest_result
@@ -36,24 +35,21 @@ class BatchedEvaluator(Evaluator):
     """Runs many places in one forward, see `Evaluator`.
 
     Args:
-        module, perturber, loss_fn, autocast_dtype, device_type: see `Evaluator`.
+        reference: evaluates the same loss of the same model; the first batch is held against it.
         pass_size: how many places one pass computes.
         gathered: keeps parameters at hand within a context, however often their modules run.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        perturber: Perturber,
-        loss_fn: LossFunction,
-        autocast_dtype: torch.dtype | None,
-        device_type: str = "cpu",
+        reference: SequentialEvaluator,
         *,
         pass_size: PassSize | None = None,
         gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
-        super().__init__(module, perturber, loss_fn, autocast_dtype, device_type)
-        self._reference = SequentialEvaluator(module, perturber, loss_fn, autocast_dtype, device_type)
+        module, perturber = reference.module, reference.perturber
+        super().__init__(module, perturber, reference.loss_fn, reference.autocast_dtype, reference.device_type)
+        self._reference = reference
         backbone = Backbone(find_backbone(module))
         self._joiner = Joiner(backbone, perturber, pass_size or PassSize(), self._made, self._served)
         self._gathered, self._holding, self._head = gathered, ExitStack(), list[nn.Parameter]()

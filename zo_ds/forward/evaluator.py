@@ -41,7 +41,7 @@ class Evaluator(ABC):
         device_type: str = "cpu",
     ) -> None:
         self.module, self.perturber, self.loss_fn = module, perturber, loss_fn
-        self.autocast_dtype, self._device_type = autocast_dtype, device_type
+        self.autocast_dtype, self.device_type = autocast_dtype, device_type
         self._buffers = BufferGuard(module)
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Evaluator(ABC):
             yield
             return
         # The cache would keep a cast of perturbed weights beyond their module.
-        with torch.autocast(self._device_type, dtype=self.autocast_dtype, cache_enabled=False):
+        with torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=False):
             yield
 
 
