@@ -23,7 +23,7 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor, columns
     Returns:
         [positions, vocabulary], in the model's dtype.
     """
-    examples, width = inputs["input_ids"].shape
+    width = inputs["input_ids"].shape[1]
     # The key-value cache would hold every replica's keys and values for nothing.
     known = inspect.signature(without_adapters(model).forward).parameters
     extra = {"use_cache": False} if "use_cache" in known and "use_cache" not in inputs else {}
@@ -34,9 +34,8 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], rows: Tensor, columns
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden: Tensor = args[0]
-        # Soft prompts come before the tokens; a batch may have been repeated for many directions.
-        places = columns + (hidden.shape[1] - width)
-        return (hidden.view(-1, examples, *hidden.shape[1:])[:, rows, places], *args[1:])
+        # Soft prompts come before the tokens.
+        return (hidden[rows, columns + (hidden.shape[1] - width)].unsqueeze(0), *args[1:])
 
     hook = head.register_forward_pre_hook(keep)
     try:

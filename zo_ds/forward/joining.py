@@ -157,6 +157,7 @@ class Joiner:
         compared = kept(inputs)
         args, kwargs = repeat(inputs, together.count, self.batched(inputs))
         if "use_cache" in kwargs and kwargs["use_cache"] is None:
+            # Nobody asked for a cache; it would hold the keys and values of every place.
             kwargs["use_cache"] = False
         with self.backbone.answered_by(None), self._perturber.together(together):
             output = original(*args, **kwargs)

@@ -20,8 +20,8 @@ from zo_ds.forward.replicas import LostAxisError, Replicas
 from zo_ds.maths.directions import NoiseStructure
 from zo_ds.maths.noise import Stream
 
-Leaf = Callable[..., Tensor]
-"""(module, replicas, the module's own forward, *args, **kwargs) -> output."""
+Leaf = Callable[[Any, Replicas, Forward, Tensor], Tensor]
+"""(module, replicas, the module's own forward, input) -> output."""
 
 
 class NotALeafError(Exception):
@@ -166,12 +166,12 @@ class _Gathers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _embedding_within(module: nn.Embedding, replicas: Replicas, original: Forward, *args: Any, **kwargs: Any) -> Tensor:
+def _embedding_within(module: nn.Embedding, replicas: Replicas, original: Forward, ids: Tensor) -> Tensor:
     """A subclass with a forward of its own (positions with an offset, scaled rows): only its look-up is replaced."""
     if not replicas.displaces(module.weight):
-        return _tensor(original(*args, **kwargs))
+        return _tensor(original(ids))
     with _Gathers(module, replicas):
-        return _tensor(original(*args, **kwargs))
+        return _tensor(original(ids))
 
 
 def _layer_norm(module: nn.LayerNorm, replicas: Replicas, original: Forward, x: Tensor) -> Tensor:

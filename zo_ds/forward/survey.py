@@ -1,4 +1,4 @@
-"""One look at how a model uses its parameters: which are read away from home, and where the batch axis is lost."""
+"""What one forward tells: which parameters are read away from their module, and how large activations are."""
 
 from __future__ import annotations
 
