@@ -12,23 +12,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from mmap import PAGESIZE, mmap
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_ops import (
-    DTYPES,
     Case,
     embedding_rows_case,
     perturb_case,
-    place,
-    plan_of,
     same,
     signs_case,
     state_hash_case,
     update_case,
-    weights,
+    updating,
 )
 from torch import Tensor
 
@@ -110,18 +107,7 @@ class Guarded:
 def many_tensors_case(rng: random.Random, _: bool) -> Case:
     """An update of dozens of slices, which fall into up to six launches; some slices are empty."""
     sizes = [rng.choice([0, 1, rng.randrange(200), rng.randrange(5000), 4096]) for _ in range(rng.randrange(20, 50))]
-    thetas = [weights(rng, n, rng.choice(DTYPES)) for n in sizes]
-    starts, columns = zip(*[place(rng) for _ in thetas], strict=True)
-    params, decays = rng.choices(range(2**32), k=len(thetas)), rng.choices([True, False], k=len(thetas))
-    plan = plan_of(rng, rng.choice([1, 1, 2]))
-
-    def run(module: ModuleType) -> list[Tensor]:
-        buffers = [buffer.clone() for buffer, _ in thetas]
-        own = [buffer[part] for buffer, (_, part) in zip(buffers, thetas, strict=True)]
-        module.update_(own, params, starts, columns, decays, *plan)
-        return buffers
-
-    return run
+    return updating(rng, sizes, rng.choice([1, 1, 2]))
 
 
 MAKERS: list[Callable[[random.Random, bool], Case]] = [

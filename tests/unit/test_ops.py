@@ -150,12 +150,11 @@ def plan_of(rng: random.Random, updates: int) -> list[Tensor]:
     ]
 
 
-def update_case(rng: random.Random, large: bool) -> Case:
-    slices, updates = rng.choice([1, 1, 2, 5, 12]), rng.choice([0, 1, 1, 2, 4])
-    sizes = [size(rng, large and k == 0) if k == 0 or rng.random() < 0.2 else rng.randrange(700) for k in range(slices)]
+def updating(rng: random.Random, sizes: list[int], updates: int) -> Case:
+    """An update of slices of these sizes."""
     thetas = [weights(rng, n, rng.choice(DTYPES)) for n in sizes]
     starts, columns = zip(*[place(rng) for _ in sizes], strict=True)
-    params, decays = rng.choices(range(2**32), k=slices), rng.choices([True, False], k=slices)
+    params, decays = rng.choices(range(2**32), k=len(sizes)), rng.choices([True, False], k=len(sizes))
     plan = plan_of(rng, updates)
 
     def run(module: ModuleType) -> list[Tensor]:
@@ -165,6 +164,12 @@ def update_case(rng: random.Random, large: bool) -> Case:
         return buffers
 
     return run
+
+
+def update_case(rng: random.Random, large: bool) -> Case:
+    slices, updates = rng.choice([1, 1, 2, 5, 12]), rng.choice([0, 1, 1, 2, 4])
+    sizes = [size(rng, large and k == 0) if k == 0 or rng.random() < 0.2 else rng.randrange(700) for k in range(slices)]
+    return updating(rng, sizes, updates)
 
 
 def signs_case(rng: random.Random, large: bool) -> Case:
