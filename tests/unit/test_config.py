@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,6 +73,20 @@ def test_every_setting_has_its_meaning_beside_it() -> None:
     }
     assert len(leaves) > 40
     assert [name for name, text in leaves.items() if not (text and text.strip().endswith("."))] == []
+
+
+@pytest.mark.parametrize(
+    ("item", "key"),
+    [
+        ("zeroth_order.replicas_per_pass=0", "zeroth_order.replicas_per_pass"),
+        ("parallel.threads=x", "parallel.threads"),
+        ("deepspeed=3", "deepspeed"),
+        ("task.label_words=[1, b]", "task.label_words.0"),
+    ],
+)
+def test_a_refused_value_is_named_by_its_key_alone(item: str, key: str, tmp_path: Path) -> None:
+    """Pydantic adds the types that it tried."""
+    assert set(re.findall(r"- '([^']+)':", refused(recipe(tmp_path), item))) == {key}
 
 
 def test_defaults(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def validate(model: type[Model], tree: Mapping[str, Any], *, where: str) -> Mode
 
 
 def _problem(model: type[BaseModel], item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
+    path = _path(model, item["loc"])
     dotted = ".".join(path) or "(whole section)"
     if item["type"] == "extra_forbidden":
         return f"unknown key '{dotted}'{_suggestion(model, path)}"
@@ -121,6 +121,24 @@ def _problem(model: type[BaseModel], item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(item["input"], (dict, BaseModel)) else f" (got {item['input']!r})"
     return f"'{dotted}': {message}{shown}"
+
+
+def _path(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys of a location; for a value of several types pydantic adds which one it tried."""
+    path: list[str] = []
+    section: type[BaseModel] | None = model
+    for part in location:
+        if section is not None or isinstance(part, int):
+            path.append(str(part))
+        section = _section(section, str(part)) if section is not None else None
+    return path
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a key of a section stands for, None if it is a value."""
+    field = model.model_fields.get(name)
+    kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _suggestion(model: type[BaseModel], path: Sequence[str]) -> str:
@@ -135,9 +153,9 @@ def _suggestion(model: type[BaseModel], path: Sequence[str]) -> str:
 def all_keys(model: type[BaseModel]) -> list[str]:
     """Every dotted key of a section and the sections below it."""
     keys: list[str] = []
-    for name, field in model.model_fields.items():
+    for name in model.model_fields:
         keys.append(name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += [f"{name}.{key}" for key in all_keys(kind)]
+        section = _section(model, name)
+        if section is not None:
+            keys += [f"{name}.{key}" for key in all_keys(section)]
     return keys
