@@ -73,7 +73,10 @@ def on_positions(model: Any, x: Tensor) -> Tensor:
     return model.b(model.a(x) + model.e(torch.arange(x.shape[1])))
 
 
-POSITIONS: Build = lambda: Root(on_positions, a=linear(), b=linear(), e=nn.Embedding(20, 4))  # noqa: E731
+def positions() -> nn.Module:
+    return Root(on_positions, a=linear(), b=linear(), e=nn.Embedding(20, 4))
+
+
 TABLE = nn.Embedding(4, 4)
 ODD: dict[str, tuple[Build, Sequence[tuple[int, ...]]]] = {
     "convolutions": (convolutions(7), [(3, 3, 7, 7), (2, 3, 7, 7)]),
@@ -99,8 +102,8 @@ ODD: dict[str, tuple[Build, Sequence[tuple[int, ...]]]] = {
     "constant input": (two(lambda m, x: m.a(x) + m.b(torch.eye(4)).sum(0)), [(3, 4), (1, 4)]),
     "constant input, one example": (two(lambda m, x: m.a(x) + m.b(torch.eye(4)).sum(0)), [(1, 4)]),
     "experts": (Experts, [(3, 5, 4), (3, 4, 4), (4, 8, 4)]),
-    "positions [tokens]": (POSITIONS, [(3, 5, 4), (5, 5, 4), (3, 6, 4)]),
-    "positions [tokens], as many as sequences": (POSITIONS, [(3, 5, 4), (3, 12, 4)]),
+    "positions [tokens]": (positions, [(3, 5, 4), (5, 5, 4), (3, 6, 4)]),
+    "positions [tokens], as many as sequences": (positions, [(3, 5, 4), (3, 12, 4)]),
     "one row for all": (two(lambda m, x: m.a(x) + m.b(torch.tensor(2)), TABLE), [(3, 5, 4)]),
     "whole table as a matrix": (two(lambda m, x: m.a(x) @ m.b(torch.arange(4)), TABLE), [(3, 4)]),
     "mask": (Masked, [(3, 5, 4), (3, 3, 4)]),

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def with_encoder(folder: Path, model: nn.Module) -> Path:
     """Another model beside the tokenizer."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     return folder
 
 
@@ -57,7 +57,7 @@ def test_a_causal_model(folder: Path) -> None:
     assert not loaded.module.training
     assert loaded.tokenizer.is_fast
     weights = dict(loaded.module.named_parameters())
-    assert weights["model.embed_tokens.weight"] is loaded.module.lm_head.weight  # type: ignore[union-attr]
+    assert weights["model.embed_tokens.weight"] is loaded.module.lm_head.weight
     assert all(weight.count_nonzero() > 0 and weight.dtype == torch.float32 for weight in weights.values())
 
 
@@ -70,7 +70,7 @@ def test_a_classifier_keeps_its_head(folder: Path) -> None:
     saved = BertForSequenceClassification(BertConfig(**ENCODER, num_labels=3))
     loaded = load(with_encoder(folder, saved), 3)
     assert loaded.head == "sequence_classification"
-    assert torch.equal(loaded.module.classifier.weight, saved.classifier.weight)  # type: ignore[union-attr]
+    assert torch.equal(loaded.module.classifier.weight, saved.classifier.weight)
 
 
 @pytest.mark.parametrize("labels", [2, 5])

@@ -24,7 +24,7 @@ def test_name_is_there(name: str) -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = zo_ds.nothing  # type: ignore[attr-defined]
+        _ = zo_ds.nothing
     with pytest.raises(ImportError):
         from zo_ds import nothing  # noqa: F401
 
