@@ -139,6 +139,11 @@ def zo_batch(family: str = "llama", examples: int = 4, seed: int = 0) -> dict[st
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    """A copy of every weight and buffer that an engine holds, by name."""
+    return {name: tensor.clone() for name, tensor in engine.store.views()}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from zo_ds.version import VERSION
+
 if TYPE_CHECKING:
     from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
     from zo_ds.engine.engine import StepOutput, ZOEngine
     from zo_ds.engine.initialize import initialize
     from zo_ds.errors import ZODSError
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "initialize": "zo_ds.engine.initialize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Forward-only fine-tuning on DeepSpeed.",
 )
+
+
+class Form(str, Enum):
+    """What `zo_ds export` writes."""
+
+    JOURNAL = "journal"
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=100")]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")]
@@ -77,6 +85,70 @@ def replay(
 
     start_logging(0, stream=sys.stderr)
     _print_json(replay_run(run, steps, save))
+
+
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Replay a run and compare it with every hash taken of its live weights; exit code 6 if something differs."""
+    _prepare_process()
+    from zo_ds.trainer.report import start_logging
+    from zo_ds.trainer.revisit import audit_run
+
+    start_logging(0, stream=sys.stderr)
+    found = audit_run(run)
+    _print_json(found)
+    if found["problems"]:
+        raise typer.Exit(6)
+
+
+@app.command()
+def journal(source: Annotated[Path, typer.Argument(help="Run directory or journal file.")]) -> None:
+    """Print a journal as JSON lines."""
+    from zo_ds.trainer.sharing import journal_lines
+
+    for line in journal_lines(source):
+        print(json.dumps(line))
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="Run directory or journal file.")],
+    other: Annotated[Path, typer.Argument(help="The other one.")],
+) -> None:
+    """Say where two runs part; exit code 1 if they differ; prints JSON."""
+    from zo_ds.trainer.sharing import diff_runs
+
+    found = diff_runs(one, other)
+    _print_json(found)
+    if not found["equal"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    form: Annotated[Form, typer.Option("--as", help="What to write.")] = Form.JOURNAL,
+) -> None:
+    """Write the fine-tune of a run as one small file: the base model's identity and the scalars; prints JSON."""
+    from zo_ds.trainer.sharing import export_journal
+
+    _print_json(export_journal(run, file))
+
+
+@app.command(name="apply")
+def apply_(
+    file: Annotated[Path, typer.Argument(help="Journal file, as exported.")],
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one that the file names.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the model to this folder.")] = None,
+) -> None:
+    """Put a shared fine-tune on its base model, bit for bit; prints JSON."""
+    _prepare_process()
+    from zo_ds.trainer.report import start_logging
+    from zo_ds.trainer.sharing import apply_journal
+
+    start_logging(0, stream=sys.stderr)
+    _print_json(apply_journal(file, model, save))
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 class ZODSError(Exception):
     """Base of every error zo_ds raises on purpose.
@@ -23,6 +25,17 @@ class ZODSError(Exception):
         """The message as printed: one labelled line for each part that is known."""
         parts = [("where", self.where), ("why", self.why), ("do", self.remedy)]
         return "\n".join([self.what, *(f"  {label + ':':<7}{text}" for label, text in parts if text)])
+
+    def to_json(self) -> str:
+        """As text, for other ranks."""
+        return json.dumps([self.exit_code, self.what, self.where, self.why, self.remedy])
+
+    @staticmethod
+    def from_json(text: str | bytes) -> ZODSError:
+        """The error that another rank met."""
+        code, what, where, why, remedy = json.loads(text)
+        kind = next((kind for kind in ZODSError.__subclasses__() if kind.exit_code == code), ZODSError)
+        return kind(what, where=where, why=why, remedy=remedy)
 
 
 class ConfigError(ZODSError):
@@ -56,6 +69,18 @@ class CorruptRunError(ZODSError):
 
 
 class PeerError(ZODSError):
-    """Another rank died, hung, or computed something else than this one."""
+    """Another rank died, or computed something else than this one."""
 
     exit_code = 7
+
+
+class HungError(ZODSError):
+    """A rank made no progress for far longer than a step takes."""
+
+    exit_code = 8
+
+
+class StoppedError(ZODSError):
+    """The run was asked to stop (SIGTERM, SIGINT); the same command goes on from here."""
+
+    exit_code = 75

@@ -1,9 +1,13 @@
-"""Writing files that matter: complete or not there at all, and durable when a call returns."""
+"""Writing files that matter: complete or not there at all, and durable when a call returns.
+
+Everything goes through functions of `os` that take one step each, so that tests can let every one of them fail.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -11,23 +15,61 @@ def sync(path: Path) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync_handle(handle)
     finally:
         os.close(handle)
 
 
+def sync_handle(handle: int) -> None:
+    """Call fsync on an open file, however often a signal interrupts it."""
+    while True:
+        try:
+            os.fsync(handle)
+            return
+        except InterruptedError:
+            continue
+
+
+def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write bytes at a place in an open file, however short the single writes are."""
+    left = memoryview(data)
+    while len(left):
+        try:
+            written = os.pwrite(handle, left, offset)
+        except InterruptedError:
+            continue
+        left, offset = left[written:], offset + written
+
+
+def reserve(handle: int, size: int) -> None:
+    """Make an open file at least so long, with disk space behind every byte of it."""
+    while True:
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return
+        except InterruptedError:
+            continue
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace a file: temporary name, fsync, rename, fsync of the folder. Readers see the old or the new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace a file: temporary name, fsync, rename, fsync of the folder. Readers see the old or the new file.
+
+    One writer at a time.
+    """
+    # A fixed name, so that what a killed process left is written over.
+    temporary = path.with_name(f".{path.name}.tmp")
     raw = data.encode() if isinstance(data, str) else data
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(raw)
-            handle.flush()
-            os.fsync(handle.fileno())
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            write_all(handle, raw, 0)
+            sync_handle(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        discard(temporary)
+        raise
     sync(path.parent)
 
 
@@ -49,8 +91,7 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         for file in temporary.rglob("*"):
-            if file.is_file():
-                sync(file)
+            sync(file)
         sync(temporary)
         if path.exists():
             os.replace(path, retired)
@@ -59,8 +100,23 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     finally:
         if retired.exists() and not path.exists():
             os.replace(retired, path)
-        remove_folder(temporary)
-        remove_folder(retired)
+        discard(temporary)
+        discard(retired)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and their names durable."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that nobody needs; what cannot be removed stays and does no harm."""
+    with suppress(OSError):
+        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -17,6 +17,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zo_ds.journal.history import read_journal
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 _TEXT = "a an the film plot cast it was terrible great bad good dull bright slow quick text . , is not very"
@@ -113,16 +115,23 @@ def run(command: Sequence[str | Path], cwd: Path, timeout: float = 300, **extra:
 
 
 def zo_ds(cwd: Path, *arguments: str | Path, **extra: str) -> Outcome:
-    return run([BIN / "zo_ds", *arguments], cwd, **extra)
+    return run([BIN / "zo_ds", *arguments], cwd, 300, **extra)
 
 
-def deepspeed(cwd: Path, ranks: int, *arguments: str | Path, port: int | None = None) -> Outcome:
-    launcher = [BIN / "deepspeed", "-q", "--num_accelerators", str(ranks), "--master_port", str(port or free_port())]
-    return run([*launcher, ROOT / "launch" / "finetune.py", "--config", *arguments], cwd)
+def deepspeed(cwd: Path, ranks: int, *arguments: str | Path, port: int | None = None, timeout: float = 300) -> Outcome:
+    launcher: list[str | Path] = [
+        BIN / "deepspeed",
+        "-q",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(port or free_port()),
+    ]
+    return run([*launcher, ROOT / "launch" / "finetune.py", "--config", *arguments], cwd, timeout)
 
 
 def torchrun(cwd: Path, ranks: int, *arguments: str | Path) -> Outcome:
-    launcher = [BIN / "torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    launcher: list[str | Path] = [BIN / "torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     return run([*launcher, ROOT / "launch" / "finetune.py", "--config", *arguments], cwd)
 
 
@@ -144,7 +153,11 @@ def result(run_dir: Path) -> dict[str, Any]:
     return tree
 
 
-def records(run_dir: Path) -> list[str]:
-    """Journal lines without the header, which holds the run's own id, and without checksums, which depend on it."""
-    lines = (run_dir / "journal.jsonl").read_text().splitlines()
-    return [line.rpartition(',"crc"')[0] for line in lines[1:]]
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """What the journal says of each step, without the header, which holds the run's own id."""
+    return [record.to_json() for record in read_journal(run_dir / "journal").records()]
+
+
+def steps_of(run_dir: Path) -> int:
+    """Journalled steps so far."""
+    return len(records(run_dir)) if list((run_dir / "journal").glob("*.zoj")) else 0

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.launch import jobs
+from zo_ds.journal.history import read_journal
 
 pytestmark = pytest.mark.launch
 
@@ -84,8 +85,7 @@ def test_replay_rebuilds_the_weights(finished: Path) -> None:
     assert all(torch.equal(saved[name], kept[name]) for name in kept)
     none = jobs.zo_ds(finished, "replay", "run", "--steps", "0")
     assert none.code == 0
-    header = json.loads((finished / "run" / "journal.jsonl").read_text().splitlines()[0])
-    assert json.loads(none.out)["weights_sha256"] == header["base_sha256"]
+    assert json.loads(none.out)["weights_sha256"] == read_journal(finished / "run" / "journal").header.base_sha256
 
 
 def test_replay_refuses_what_does_not_belong_together(finished: Path, tmp_path: Path) -> None:
@@ -96,19 +96,32 @@ def test_replay_refuses_what_does_not_belong_together(finished: Path, tmp_path: 
     run.mkdir()
     for name in ("resolved.yaml", "result.json"):
         (run / name).write_text((finished / "run" / name).read_text())
-    lines = (finished / "run" / "journal.jsonl").read_text().splitlines(keepends=True)
-    (run / "journal.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    (run / "journal").mkdir()
+    raw = bytearray((finished / "run" / "journal" / "000000.zoj").read_bytes())
+    raw[-400] ^= 1
+    (run / "journal" / "000000.zoj").write_bytes(raw)
     damaged = jobs.zo_ds(finished, "replay", run)
     assert damaged.code == 6
-    assert "journal.jsonl:4" in damaged.err
+    assert "000000.zoj: step 13" in damaged.err
 
 
 def test_a_second_run_does_not_touch_the_first(finished: Path) -> None:
-    before = (finished / "run" / "journal.jsonl").read_bytes()
-    done = jobs.zo_ds(finished, "train", "recipe.yaml", "output.run_dir=run")
-    assert done.code == 4
-    assert "already holds a run" in done.err
-    assert (finished / "run" / "journal.jsonl").read_bytes() == before
+    before = contents(finished / "run")
+    for arguments, code, words in (
+        ((), 2, "zeroth_order.lr: 0.03 -> 0.02"),
+        (("zeroth_order.lr=0.03", "resume=never"), 4, "already holds a run"),
+        (("zeroth_order.lr=0.03",), 0, "is finished"),
+    ):
+        done = jobs.zo_ds(finished, "train", "recipe.yaml", "output.run_dir=run", *arguments)
+        assert done.code == code, done.err
+        assert words in done.out + done.err
+        assert contents(finished / "run") == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".owner"
+    }
 
 
 def test_losses_that_stay_non_finite_end_the_run_and_leave_the_weights(tmp_path: Path) -> None:
@@ -122,8 +135,8 @@ def test_losses_that_stay_non_finite_end_the_run_and_leave_the_weights(tmp_path:
     assert "non_finite_loss: non-finite in every evaluation, the unperturbed one too" in done.err
     assert done.out.count("SKIPPED: non_finite_loss") == 4
     replayed = jobs.zo_ds(tmp_path, "replay", "broken")
-    header = json.loads((tmp_path / "broken" / "journal.jsonl").read_text().splitlines()[0])
-    assert json.loads(replayed.out) == {"steps": 5, "weights_sha256": header["base_sha256"], "matches": None}
+    base = read_journal(tmp_path / "broken" / "journal").header.base_sha256
+    assert json.loads(replayed.out) == {"steps": 5, "weights_sha256": base, "matches": None}
 
 
 def test_directory_in_use_and_kill_in_the_middle(tmp_path: Path) -> None:
@@ -131,9 +144,8 @@ def test_directory_in_use_and_kill_in_the_middle(tmp_path: Path) -> None:
     command = [str(jobs.BIN / "zo_ds"), "train", str(recipe), "output.run_dir=run"]
     process = subprocess.Popen(command, cwd=tmp_path, env=jobs.environment(), stdout=subprocess.DEVNULL)
     try:
-        journal = tmp_path / "run" / "journal.jsonl"
         deadline = time.monotonic() + 120
-        while not journal.exists() or len(journal.read_bytes().splitlines()) < 12:
+        while jobs.steps_of(tmp_path / "run") < 11:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)

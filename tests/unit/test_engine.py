@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from contextlib import nullcontext
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import zo_ds
-from tests.conftest import STORES, on_ranks, small_files, tiny_model, zo_batch
+from tests.conftest import STORES, on_ranks, tiny_model, weights_of, zo_batch
+from zo_ds.config.schema import JournalConfig
 from zo_ds.engine.engine import StepOutput, ZOEngine
-from zo_ds.errors import CorruptRunError, MachineError, NonFiniteError, PeerError, ZODSError
-from zo_ds.journal.journal import Journal, read_journal
-from zo_ds.journal.records import Header
+from zo_ds.engine.resume import Options, open_run
+from zo_ds.errors import ConfigError, CorruptRunError, MachineError, NonFiniteError, PeerError, ZODSError
+from zo_ds.journal.history import read_journal
 from zo_ds.journal.replay import replay_
 from zo_ds.maths.estimators import EstimatorSpec, Probe, SkipReason, probes, verdict
 from zo_ds.maths.noise import step_seed
@@ -41,14 +43,15 @@ def open_engine(
 
 
 def start_journal(engine: ZOEngine, path: Path) -> None:
-    infos = tuple(engine.store.parameters.values())
-    config = engine.config
-    header = Header("0a", config.run_seed, config.noise, config.estimator.value, engine.digest(), infos, "0.1.0")
-    engine.record_to(Journal(path, header))
+    open_run(engine, path)
+
+
+def refuse(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def weights(engine: ZOEngine) -> dict[str, Tensor]:
-    return dict(engine.store.state_dict())
+    return weights_of(engine)
 
 
 @pytest.mark.parametrize("estimator", ["fzoo", "mezo", "zo_sgd"])
@@ -110,25 +113,27 @@ def test_journal_and_base_weights_give_the_run_at_every_step(
         batch = {**zo_batch(seed=step), "factor": {2: math.nan, 3: 0.0}.get(step, 1.0)}
         outs.append(engine.step(batch))
         digests.append(engine.digest())
-    journal = read_journal(tmp_path / "j")
+    journal = read_journal(tmp_path / "j" / "journal")
+    records = journal.records()
     reasons = [None, None, SkipReason.NON_FINITE, SkipReason.ZERO_SPREAD, None, None]
-    assert [record.skip for record in journal.records] == [out.skip for out in outs] == reasons
-    assert [len(record.update.terms) for record in journal.records] == [0 if reason else 4 for reason in reasons]
-    assert [record.clean_loss for record in journal.records][:2] == [out.clean_loss for out in outs][:2]
+    assert [record.skip for record in records] == [out.skip for out in outs] == reasons
+    assert [len(record.update.terms) for record in records] == [0 if reason else 4 for reason in reasons]
+    assert [record.clean_loss for record in records][:2] == [out.clean_loss for out in outs][:2]
     assert digests[2] == digests[3] == digests[4]
     assert len(set(digests)) == 5
     done: list[str] = []
     for steps in (*range(7), None):
         tensors = {name: tensor.clone() for name, tensor in base.items()}
-        found = replay_(tensors, journal, steps, done.append)
-        assert found == digests[6 if steps is None else steps]
+        found = replay_(tensors, journal, steps, progress=done.append)
+        assert found.weights_sha256 == digests[6 if steps is None else steps]
     assert done[-len(journal.header.parameters) :] == [info.name for info in journal.header.parameters]
     assert all(torch.equal(tensors[info.name], weights(engine)[info.name]) for info in journal.header.parameters)
-    with pytest.raises(ValueError, match="has 6 steps, asked for 7"):
+    with pytest.raises(ConfigError, match="has 6 steps, not 7"):
         replay_(base, journal, 7)
 
     resumed = open_engine(tiny_model("llama", dtype=dtype), noise=noise, weight_decay=0.3)
-    resumed.replay(journal.records)
+    engine.close_journal()
+    open_run(resumed, tmp_path / "j")
     assert (resumed.steps_done, resumed.digest()) == (6, engine.digest())
     assert torch.equal(resumed.step(zo_batch()).coefficients, engine.step(zo_batch()).coefficients)
 
@@ -138,7 +143,7 @@ def test_replay_on_other_weights_is_refused(tmp_path: Path) -> None:
     base = weights(engine)
     start_journal(engine, tmp_path / "j")
     engine.step(zo_batch())
-    journal, norm = read_journal(tmp_path / "j"), base["model.norm.weight"]
+    journal, norm = read_journal(tmp_path / "j" / "journal"), base["model.norm.weight"]
     for change, why in (
         (torch.nextafter(norm, norm + 1), "SHA-256"),
         (norm.bfloat16(), "'model.norm.weight' is"),
@@ -178,7 +183,7 @@ def test_steps_that_cannot_be_taken(
     assert caught.value.why.startswith(f"{reason.value}: {why}")
     assert caught.value.remedy
     assert engine.digest() == digest
-    records = read_journal(tmp_path / "j").records
+    records = read_journal(tmp_path / "j" / "journal").records()
     assert [(r.step, r.skip, r.update.terms) for r in records] == [(step, reason, ()) for step in range(5)]
 
 
@@ -190,19 +195,38 @@ def test_a_step_that_is_taken_starts_the_count_anew() -> None:
         engine.step({**zo_batch(), "factor": math.nan})
 
 
-def test_full_disk_stops_the_step_before_the_weights_change(tmp_path: Path) -> None:
+def test_full_disk_stops_the_step_before_the_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, other = open_engine(), open_engine()
     start_journal(engine, tmp_path / "j")
     engine.step(zo_batch())
-    digest, size = engine.digest(), (tmp_path / "j").stat().st_size
-    with small_files(size + 20), pytest.raises(MachineError, match="cannot write the journal"):
-        engine.step(zo_batch(seed=1))
-    assert (engine.digest(), engine.steps_done, (tmp_path / "j").stat().st_size) == (digest, 1, size)
+    digest = engine.digest()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(MachineError, match="cannot write the journal: No space left"):
+            engine.step(zo_batch(seed=1))
+    assert (engine.digest(), engine.steps_done) == (digest, 1)
+    assert len(read_journal(tmp_path / "j" / "journal").records()) == 1
     engine.step(zo_batch(seed=1))
     for seed in (0, 1):
         other.step(zo_batch(seed=seed))
     assert engine.digest() == other.digest()
-    assert len(read_journal(tmp_path / "j").records) == 2
+    assert len(read_journal(tmp_path / "j" / "journal").records()) == 2
+
+
+def test_a_disk_that_fills_up_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, said = open_engine(), list[str]()
+    open_run(
+        engine,
+        tmp_path / "j",
+        Options(JournalConfig(snapshot_replay_s=1e-9, hash_every=1), total_steps=4, warn=said.append),
+    )
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    for seed in range(4):
+        engine.step(zo_batch(seed=seed))
+    engine.close_journal()
+    assert len(said) == 3
+    assert all("no snapshot: cannot begin a segment" in text for text in said)
+    assert len(read_journal(tmp_path / "j" / "journal").records()) == 4
 
 
 def test_units_of_different_size_are_refused() -> None:
@@ -240,7 +264,7 @@ def test_ranks_share_the_units_and_take_the_same_step() -> None:
     ],
 )
 def test_no_rank_applies_a_step_that_one_cannot_take(
-    odd: str, kinds: list[type[ZODSError]], words: str, tmp_path: Path
+    odd: str, kinds: list[type[ZODSError]], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_engine()  # enters DeepSpeed's world, which all threads share
     models = [tiny_model("llama") for _ in range(2)]
@@ -249,15 +273,14 @@ def test_no_rank_applies_a_step_that_one_cannot_take(
         last = channel.rank == 1
         engine = open_engine(models[channel.rank], channel=channel, lr=1e-2 if last and odd == "lr" else 5e-3)
         before = engine.digest()
-        if not last:
-            start_journal(engine, tmp_path / "j")
-        full = odd == "disk" and not last
-        limit = small_files((tmp_path / "j").stat().st_size + 20) if full else nullcontext()
-        with limit, pytest.raises(ZODSError) as caught:
+        start_journal(engine, tmp_path / "j")
+        if odd == "disk" and not last:
+            monkeypatch.setattr(os, "fsync", refuse)  # the other rank writes nothing
+        with pytest.raises(ZODSError) as caught:
             engine.step([zo_batch()] * (2 if last and odd == "size" else 1))
         return caught.value, engine.digest() == before and engine.steps_done == 0
 
     results = on_ranks(2, work)
     assert [type(result[0]) for result in results if isinstance(result, tuple)] == kinds
     assert all(isinstance(result, tuple) and words in result[0].what and result[1] for result in results)
-    assert read_journal(tmp_path / "j").records == []
+    assert read_journal(tmp_path / "j" / "journal").records() == []

@@ -14,6 +14,8 @@ EXIT_CODES = {
     "NonFiniteError": 5,
     "CorruptRunError": 6,
     "PeerError": 7,
+    "HungError": 8,
+    "StoppedError": 75,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zo_ds
-from tests.conftest import STORES, tiny_model, zo_batch
+from tests.conftest import STORES, tiny_model, weights_of, zo_batch
 from zo_ds.config.load import validate
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.errors import ConfigError
@@ -31,7 +31,7 @@ def open_plain(model: nn.Module, **config: Any) -> ZOEngine:
 
 
 def dtypes(engine: ZOEngine) -> dict[str, torch.dtype]:
-    return {name: tensor.dtype for name, tensor in engine.store.state_dict()}
+    return {name: tensor.dtype for name, tensor in engine.store.views()}
 
 
 def test_a_path_a_mapping_or_a_recipe(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_a_schedule_with_the_length_of_the_run() -> None:
 def test_16_bit_matrices_and_fp32_vectors(key: str, dtype: torch.dtype, store: str) -> None:
     config = {"zeroth_order": SETTINGS, key: {"enabled": True}, "zero_optimization": STORES[store]}
     engine = zo_ds.initialize(tiny_model("gpt2"), config)
-    held = dict(engine.store.state_dict())
+    held = weights_of(engine)
     assert {(tensor.dim() > 1, tensor.dtype) for tensor in held.values()} == {(True, dtype), (False, torch.float32)}
     wanted = tiny_model("gpt2").state_dict()
     assert all(torch.equal(tensor, wanted[name].to(tensor.dtype)) for name, tensor in held.items())
     for step in range(3):
         assert engine.step(zo_batch(seed=step)).skip is None
-    changed = {name for name, tensor in engine.store.state_dict() if not torch.equal(tensor, held[name])}
+    changed = {name for name, tensor in engine.store.views() if not torch.equal(tensor, held[name])}
     assert changed == held.keys()
 
 
@@ -160,7 +160,7 @@ def test_lora_trains_and_perturbs_nothing_but_the_adapters(
     names = [info.name for info in engine.store.parameters.values()]
     assert len(names) == 8
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
-    before = dict(engine.store.state_dict())
+    before = weights_of(engine)
     displaced: set[int] = set()
     perturb = ops.perturb
 
@@ -171,6 +171,6 @@ def test_lora_trains_and_perturbs_nothing_but_the_adapters(
     monkeypatch.setattr(ops, "perturb", look)
     for step in range(3):
         assert engine.step(zo_batch(seed=step)).skip is None
-    changed = {name for name, tensor in engine.store.state_dict() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in engine.store.views() if not torch.equal(tensor, before[name])}
     assert changed == set(names)
     assert displaced == {param_id(name) for name in names}

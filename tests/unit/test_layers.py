@@ -15,7 +15,7 @@ PACKAGE = Path(zo_ds.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "launch").rglob("*.py"))
 
-FOUNDATIONS = {"errors", "files", "fetch", "config"}
+FOUNDATIONS = {"errors", "files", "fetch", "config", "version"}
 TOWER = ["maths", "ops", "stores", "forward", "parallel", "journal", "engine", "trainer", "cli", "__main__", "launch"]
 """From the bottom up: a layer may import those before it."""
 BESIDE = {"data", "tasks", "models", "evaluation"}

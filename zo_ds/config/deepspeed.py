@@ -64,7 +64,7 @@ def resolve_deepspeed(
         Plain data without "auto". Batch sizes are those of one rank, since DeepSpeed sees one.
 
     Raises:
-        ConfigError: ZeRO stage 1 or 2, an optimizer, NVMe offload, sizes that contradict the recipe, an "auto"
+        ConfigError: ZeRO stage 1 or 2, an optimizer, sizes that contradict the recipe, an "auto"
             that zo_ds cannot resolve.
     """
     config = {key: value for key, value in copy.deepcopy(dict(tree)).items() if key != "zeroth_order"}
@@ -204,13 +204,34 @@ def _check_offload(zero: dict[str, Any]) -> None:
             why="a forward-only run has no optimizer states",
             remedy="remove it; offload_param moves the weights",
         )
-    device = block(zero, "offload_param", "deepspeed.zero_optimization").get("device", "none")
-    if device not in ("none", "cpu"):
+    offload = block(zero, "offload_param", "deepspeed.zero_optimization")
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
         raise ConfigError(
             f"offload_param to {device!r} is not supported",
             where="deepspeed.zero_optimization.offload_param.device",
-            remedy="use cpu",
+            remedy="use cpu or nvme",
         )
+    if device == "nvme" and not isinstance(offload.get("nvme_path"), str):
+        raise ConfigError(
+            "offload_param to nvme needs a folder",
+            where="deepspeed.zero_optimization.offload_param.nvme_path",
+            remedy="give the path of a folder on the disk, e.g. /local_nvme",
+        )
+
+
+def without_nvme(resolved: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """What DeepSpeed is told, and the folder in which zo_ds itself keeps the weights on disk, if any.
+
+    DeepSpeed's own swapping needs a compiled aio operator and loses weights that are updated in place; zo_ds maps its
+    shards to a file instead.
+    """
+    config = copy.deepcopy(dict(resolved))
+    offload = config["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return config, None
+    config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    return config, Path(offload["nvme_path"])
 
 
 def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

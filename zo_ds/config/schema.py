@@ -164,7 +164,24 @@ class ParallelConfig(Section):
     threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of each rank; auto: the cores of the node divided by its ranks."""
     timeout_s: PositiveFloat = 600.0
-    """How long a rank waits for the others before it takes them for dead."""
+    """How long setting up may take, and how long a rank waits for the others before it takes them for dead."""
+    hang_s: PositiveFloat = 60.0
+    """A rank that makes no progress for so long, and for 10 times as long as a step takes, has hung: the job ends."""
+
+
+class JournalConfig(Section):
+    """What makes a run last: journal, snapshots, checks of the weights."""
+
+    sync_every: PositiveInt = 1
+    """Records for each fsync; more is faster on slow disks, and a power cut (not a crash) then costs the last few."""
+    hash_every: PositiveInt = 10
+    """Hash the weights every so many steps, compare the ranks, and journal it."""
+    snapshot_replay_s: PositiveFloat = 120.0
+    """Write a snapshot when replaying the steps since the last one would take longer than this."""
+    keep_snapshots: Annotated[int, Field(ge=2)] = 2
+    """Snapshots that stay; older ones are removed."""
+    audit_every: PositiveInt = 50
+    """Every so many steps, compute one block of the weights anew from the last snapshot and compare."""
 
 
 class OutputConfig(Section):
@@ -183,12 +200,15 @@ class ZOConfig(Section):
 
     name: str = "run"
     """Prefix of the run directory."""
+    resume: Literal["auto", "never", "fork"] = "auto"
+    """auto: go on with an unfinished run of the same recipe; never: refuse to; fork: go on with changed mathematics."""
     model: ModelConfig
     data: DataConfig
     task: TaskConfig = TaskConfig()
     zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
+    journal: JournalConfig = JournalConfig()
     output: OutputConfig = OutputConfig()
     deepspeed: str | dict[str, Any] = Field(default_factory=dict)
     """Path of a DeepSpeed JSON, or the same inline."""

@@ -7,22 +7,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from zo_ds.config.schema import ZerothOrderConfig
+from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.errors import DataError, NonFiniteError, PeerError, ZODSError
+from zo_ds.errors import DataError, NonFiniteError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
-from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import StepRecord
 from zo_ds.maths.estimators import Probe, SkipReason, Verdict, probes, verdict
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
 from zo_ds.maths.update import Term, Update
+from zo_ds.ops.plan import Plan
 from zo_ds.parallel.channel import Channel, agree
 from zo_ds.parallel.units import interleave, ordered_mean
 from zo_ds.parallel.world import leave_world
@@ -77,7 +79,9 @@ class ZOEngine:
         self.config, self.store, self.channel, self.deepspeed = config, store, channel, deepspeed
         self.steps_done = 0
         self._evaluator = evaluator
-        self._journal: Journal | None = None
+        self._durability: Durability | None = None
+        self._at_close: list[Callable[[], None]] = []
+        self._stop_requested: Callable[[], bool] = lambda: False
         self._skips: list[SkipReason] = []
 
     @property
@@ -90,9 +94,30 @@ class ZOEngine:
         """Where batches must be."""
         return torch.device(self.deepspeed.device)
 
-    def record_to(self, journal: Journal | None) -> None:
-        """Append every step to this journal from now on; None on ranks that do not write it."""
-        self._journal = journal
+    def record_to(self, durability: Durability) -> None:
+        """Make every step last from now on; see `zo_ds.engine.resume.open_run`, which every rank must call."""
+        self._durability = durability
+
+    @property
+    def durability(self) -> Durability | None:
+        """Journal, snapshots and audits; None if steps are not recorded."""
+        return self._durability
+
+    def stop_when(self, requested: Callable[[], bool]) -> None:
+        """Ask after every step whether to stop; one rank's yes stops all of them after the same step."""
+        self._stop_requested = requested
+
+    def at_close(self, action: Callable[[], None]) -> None:
+        """Do something when the journal has been closed."""
+        self._at_close.append(action)
+
+    def went_on(self, steps_done: int, skips: Sequence[SkipReason]) -> None:
+        """Take the place after recorded steps, whose updates have been applied and of which the last were skipped.
+
+        At least one more step is tried, however many were skipped before.
+        """
+        self.steps_done = steps_done
+        self._skips = list(skips)[max(0, len(skips) - self.config.max_consecutive_skips + 1) :]
 
     def step(self, batch: Batch) -> StepOutput:
         """Take one step.
@@ -106,22 +131,27 @@ class ZOEngine:
             NonFiniteError: the last `max_consecutive_skips` steps were all skipped.
             PeerError: a rank is gone, or ranks computed different scalars.
             MachineError: the journal could not be written; nothing was applied.
+            StoppedError: a rank was asked to stop; the step is done and durable.
         """
         started = time.perf_counter()
         units = batch if isinstance(batch, list) else [batch]
         if not units:
             raise DataError("a step needs at least one micro-batch", where="engine.step(batch)")
-        step, lr, eps = self.steps_done, *self._scheduled()
+        step, lr, eps = self.steps_done, *self.scheduled(self.steps_done)
+        state_hash = self._durability.state_hash(step) if self._durability else None
         plan = probes(self.config.estimator_spec)
         losses = self._gathered_losses(units, plan, step, eps)
         found = verdict(ordered_mean(losses), self.config.estimator_spec, lr, eps)
-        record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread)
+        record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread, state_hash)
         self._agree(record)
-        self._commit(record)
-        if found.skip is None:
-            self.store.apply(self.config.run_seed, record.update)
-        self.steps_done += 1
+        stop = self._commit(record)
+        self._apply(record)
         self._watch_skips(found, losses, plan)
+        if stop:
+            raise StoppedError(
+                f"stopped after step {step + 1}, as asked",
+                remedy="the same command goes on from here",
+            )
         seconds = time.perf_counter() - started
         forwards = len(plan) * losses.shape[0]
         return StepOutput(
@@ -136,45 +166,50 @@ class ZOEngine:
         """``function(model, batch)`` at the current weights: evaluation mode, no gradients, the step's autocast."""
         return self._evaluator.call(function, batch)
 
-    def replay(self, records: Sequence[StepRecord]) -> None:
-        """Apply recorded steps to the weights, as if they had been taken here."""
-        for record in records:
-            if record.skip is None:
-                self.store.apply(self.config.run_seed, record.update)
-            self.steps_done = record.step + 1
-
     def digest(self) -> str:
         """SHA-256 of the trained weights."""
         return self.store.digest()
 
-    def save_pretrained(self, folder: str | Path, tokenizer: Saveable | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the model in Hugging Face layout (safetensors), atomically; only rank 0 writes.
 
         Args:
             folder: a model that is there already is replaced.
             tokenizer: saved beside the model.
+            note: where the weights come from, kept as zo_ds.json.
 
         Raises:
             MachineError: the folder cannot be written.
         """
         if self.channel.rank == 0:
-            save_pretrained(self.store, Path(folder), tokenizer)
+            save_pretrained(self.store, Path(folder), tokenizer, note)
         self.channel.barrier()
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite the trained weights by name, for example with those of the best step."""
+        if self._durability is not None:
+            self._durability.before_apply()
         self.store.load(tensors)
 
     def close(self) -> None:
         """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self.close_journal()
         self.channel.close()
         leave_world()
 
-    def _scheduled(self) -> tuple[float, float]:
-        config, step = self.config, self.steps_done
+    def close_journal(self) -> None:
+        """Make everything durable; no further step is recorded."""
+        if self._durability is not None:
+            self._durability.close()
+            self._durability = None
+        while self._at_close:
+            self._at_close.pop()()
+
+    def scheduled(self, step: int) -> tuple[float, float]:
+        """(lr, eps) of a step."""
+        config = self.config
         total = config.total_steps or step + 1
         lr = scheduled(
             config.lr,
@@ -215,19 +250,31 @@ class ZOEngine:
         payload += b"".join(struct.pack("<qqf", t.step, t.direction, t.coefficient) for t in update.terms)
         agree(self.channel, payload, f"step {update.step}")
 
-    def _commit(self, record: StepRecord) -> None:
+    def _commit(self, record: StepRecord) -> bool:
+        """Make a step durable on rank 0, and tell all; whether some rank wants to stop."""
         failure: ZODSError | None = None
         try:
-            if self._journal is not None:
-                self._journal.append(record)
+            if self._durability is not None:
+                self._durability.commit(record)
         except ZODSError as error:
             failure = error
         # Nobody applies a step before its record is on disk.
-        votes = self.channel.all_gather(torch.tensor([failure is None]))
+        votes = self.channel.all_gather(torch.tensor([failure is None, self._stop_requested()]))
         if failure is not None:
             raise failure
-        if not all(bool(vote) for vote in votes):
+        if not all(bool(vote[0]) for vote in votes):
             raise PeerError("rank 0 could not write the journal", where=f"step {record.step}", remedy="see its log")
+        return any(bool(vote[1]) for vote in votes)
+
+    def _apply(self, record: StepRecord) -> None:
+        if self._durability is not None:
+            self._durability.before_apply()
+        started = time.perf_counter()
+        if record.skip is None:
+            self.store.apply(Plan.of(self.config.run_seed, [record.update]))
+        self.steps_done += 1
+        if self._durability is not None:
+            self._durability.applied(record, time.perf_counter() - started)
 
     def _watch_skips(self, found: Verdict, losses: Tensor, plan: Sequence[Probe]) -> None:
         self._skips = [*self._skips, found.skip] if found.skip is not None else []

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from zo_ds.errors import ConfigError, MachineError
 from zo_ds.files import write_folder_atomically
 from zo_ds.stores.base import WeightStore
+from zo_ds.stores.shards import write_weights
 
-SHARD_BYTES = 5 * 2**30
+NOTE = "zo_ds.json"
+"""Where the weights of a saved model come from."""
 
 
 class Saveable(Protocol):
@@ -26,13 +24,16 @@ class Saveable(Protocol):
         ...
 
 
-def save_pretrained(store: WeightStore, folder: Path, tokenizer: Saveable | None = None) -> None:
-    """Write config and safetensors shards, one shard in memory at a time; an older model in the folder is replaced.
+def save_pretrained(
+    store: WeightStore, folder: Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
+) -> None:
+    """Write config and safetensors files, without a copy in memory; an older model in the folder is replaced.
 
     Args:
         store: holds the weights; every rank of its shard group must come here.
         folder: of the model.
         tokenizer: saved beside it.
+        note: where the weights come from, kept as zo_ds.json.
 
     Raises:
         MachineError: the disk refused it; an older model is still whole.
@@ -48,8 +49,8 @@ def save_pretrained(store: WeightStore, folder: Path, tokenizer: Saveable | None
     folder = folder.absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_folder_atomically(folder, lambda target: _fill(store, target, tokenizer))
-    except (OSError, SafetensorError) as error:
+        write_folder_atomically(folder, lambda target: _fill(store, target, tokenizer, note))
+    except OSError as error:
         raise MachineError(
             f"cannot save the model: {getattr(error, 'strerror', None) or error}",
             where=str(folder),
@@ -57,49 +58,16 @@ def save_pretrained(store: WeightStore, folder: Path, tokenizer: Saveable | None
         ) from error
 
 
-def _fill(store: WeightStore, target: Path, tokenizer: Saveable | None) -> None:
+def write_extras(store: WeightStore, tokenizer: Saveable | None, target: Path) -> None:
+    """Write what `from_pretrained` needs beside the weights: configuration, generation defaults, tokenizer."""
     parts = (getattr(store.module, "config", None), getattr(store.module, "generation_config", None), tokenizer)
     for part in parts:
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(target)
-    _save_shards(store, target)
 
 
-def _save_shards(store: WeightStore, target: Path) -> None:
-    tied = _tied_names(store.module)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    files: list[Path] = []
-    total = held = 0
-
-    def flush() -> None:
-        nonlocal held
-        files.append(target / f"shard-{len(files)}.tmp")
-        save_file(shard, files[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, str(len(files) - 1)))
-        shard.clear()
-        held = 0
-
-    for name, tensor in store.state_dict():
-        if name in tied:
-            continue
-        if held and held + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor.contiguous()
-        held += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        files[0].rename(target / "model.safetensors")
-        return
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for file, name in zip(files, names, strict=True):
-        file.rename(target / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {k: names[int(v)] for k, v in weight_map.items()}}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _tied_names(module: torch.nn.Module) -> set[str]:
-    """Names that repeat an earlier parameter; safetensors holds it once and `from_pretrained` ties it again."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if first[id(parameter)] != name}
+def _fill(store: WeightStore, target: Path, tokenizer: Saveable | None, note: Mapping[str, Any] | None) -> None:
+    write_extras(store, tokenizer, target)
+    if note is not None:
+        (target / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    write_weights(target, store.views())

@@ -10,10 +10,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
+from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed, without_nvme
 from zo_ds.config.load import validate
 from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
+from zo_ds.engine.resume import Options, open_own_run
 from zo_ds.errors import ConfigError
 from zo_ds.forward.batched import BatchedEvaluator
 from zo_ds.forward.evaluator import Evaluator, LossFunction
@@ -25,7 +26,7 @@ from zo_ds.parallel.channel import Channel, open_channel
 from zo_ds.parallel.world import enter_world_of_one
 from zo_ds.stores.base import WeightStore, trainable_parameters
 from zo_ds.stores.resident import ResidentStore
-from zo_ds.stores.zero3 import Zero3Store, partition
+from zo_ds.stores.zero3 import Zero3Store, move_to_disk, partition
 
 DEFAULT_TIMEOUT_S = 600.0
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,7 @@ def initialize(
     *,
     loss_fn: LossFunction | None = None,
     channel: Channel | None = None,
+    run_dir: str | Path | None = None,
 ) -> ZOEngine:
     """Hand a model to DeepSpeed and get a zeroth-order engine for it.
 
@@ -48,10 +50,13 @@ def initialize(
         loss_fn: (model, batch) -> per-example losses or a scalar, differentiable or not; the model's own ``.loss``
             if None.
         channel: to the other ranks; opened from the launcher's environment if None.
+        run_dir: journal every step there; if it holds a run of this model, go on with it: `engine.steps_done` tells
+            from where. None: no journal, unless `zo_ds.engine.resume.open_run` is called.
 
     Raises:
-        ConfigError: the configuration is refused.
-        MachineError, PeerError: the ranks cannot be joined.
+        ConfigError: the configuration is refused, or is not that of the run in run_dir.
+        CorruptRunError: the run in run_dir started from other weights, or cannot be read.
+        MachineError, PeerError: the ranks cannot be joined, or run_dir cannot be written.
     """
     zeroth_order, tree, sizes, timeout = _split(config)
     if decays(zeroth_order) and zeroth_order.total_steps is None:
@@ -68,7 +73,10 @@ def initialize(
     perturber = Perturber(model, store.parameters, store.structure)
     device_type = torch.device(engine.device).type
     evaluator = _evaluator(zeroth_order, perturber, store, loss_fn or model_loss, device_type)
-    return ZOEngine(zeroth_order, store, evaluator, channel, engine)
+    made = ZOEngine(zeroth_order, store, evaluator, channel, engine)
+    if run_dir is not None:
+        open_own_run(made, Path(run_dir), Options(total_steps=zeroth_order.total_steps))
+    return made
 
 
 def _evaluator(
@@ -124,10 +132,13 @@ def _open_store(
             )
         parameter.data = parameter.data.contiguous()
     parameters = trainable_parameters(model)
-    sharded = resolved["zero_optimization"]["stage"] == 3
+    told, disk = without_nvme(resolved)
+    sharded = told["zero_optimization"]["stage"] == 3
     if sharded:
-        partition(model, resolved)
-    engine, *_ = deepspeed.initialize(model=model, config=resolved)
+        partition(model, told)
+    engine, *_ = deepspeed.initialize(model=model, config=told)
+    if disk is not None:
+        move_to_disk(model.parameters(), disk)
     # They pass every input through autograd, which no forward here needs and which changes what a module sees:
     # `query is key` no longer holds, and attention takes another kernel than with resident weights.
     for hook in getattr(engine.optimizer, "backward_hooks", []):

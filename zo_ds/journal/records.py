@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
 from zo_ds.maths.estimators import SkipReason
+from zo_ds.maths.hashing import HASH_VERSION
 from zo_ds.maths.noise import NOISE_VERSION
 from zo_ds.maths.update import UPDATE_VERSION, Term, Update
 
-JOURNAL_VERSION = 1
+_VERSIONS = {"noise_version": NOISE_VERSION, "update_version": UPDATE_VERSION, "hash_version": HASH_VERSION}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything replay needs beside the base weights.
+    """Everything replay needs beside the base weights; each segment of a journal begins with one.
 
     Attributes:
         run_id: hexadecimal, new for every run.
-        run_seed: seed of all noise.
+        run_seed: seed of all noise of this segment.
         noise: structure of the directions.
         estimator: published name, for the reader's information.
+        num_directions: N; coefficient number k of step t belongs to direction k mod N of step t - k div N.
+        window: how many steps' directions a record may name.
+        coefficient_cap: no |coefficient| of the segment is larger.
         base_sha256: digest of the trained weights before step 0, see `stores.base.weights_sha256`.
+        base_model: where they come from, for people and for `zo_ds apply`: path, revision, dtype, head, classes.
         parameters: the manifest, in the model's order.
-        zo_ds: version of the program that wrote the journal.
+        zo_ds: version of the program that wrote the segment.
+        segment: number of the segment, from 0.
+        first_step: of the segment.
+        chain: CRC that the segment before it ended with; 0 in the first one.
     """
 
     run_id: str
     run_seed: int
     noise: NoiseStructure
     estimator: str
+    num_directions: int
+    coefficient_cap: float
     base_sha256: str
     parameters: tuple[ParamInfo, ...]
     zo_ds: str
+    base_model: Mapping[str, Any] | None = None
+    window: int = 1
+    segment: int = 0
+    first_step: int = 0
+    chain: int = 0
+
+    @property
+    def slots(self) -> int:
+        """How many coefficients a record has room for."""
+        return self.num_directions * self.window
+
+    def following(self, first_step: int, chain: int) -> Header:
+        """The header of the next segment."""
+        return replace(self, segment=self.segment + 1, first_step=first_step, chain=chain)
+
+    def maths(self) -> dict[str, Any]:
+        """What decides how coefficients become weights, and may only change by a fork."""
+        return {
+            "run_seed": self.run_seed,
+            "noise": self.noise.value,
+            "estimator": self.estimator,
+            "num_directions": self.num_directions,
+            "window": self.window,
+            "coefficient_cap": self.coefficient_cap,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "format": "zo_ds journal",
-            "journal_version": JOURNAL_VERSION,
-            "noise_version": NOISE_VERSION,
-            "update_version": UPDATE_VERSION,
+            **_VERSIONS,
             "zo_ds": self.zo_ds,
             "run_id": self.run_id,
-            "run_seed": self.run_seed,
-            "noise": self.noise.value,
-            "estimator": self.estimator,
+            **self.maths(),
             "base_sha256": self.base_sha256,
+            "base_model": dict(self.base_model) if self.base_model is not None else None,
             "parameters": [
                 {
                     "name": p.name,
@@ -62,6 +93,9 @@ class Header:
                 }
                 for p in self.parameters
             ],
+            "segment": self.segment,
+            "first_step": self.first_step,
+            "chain": self.chain,
         }
 
     @staticmethod
@@ -69,30 +103,34 @@ class Header:
         """The header in plain data.
 
         Raises:
-            ValueError: it is no journal, or one of a version this program does not read.
-            KeyError: an entry is missing.
+            ValueError: it is no journal, contradicts itself, or is of a version this program does not read.
+            KeyError, TypeError, AttributeError: an entry is missing or malformed.
         """
         if tree.get("format") != "zo_ds journal":
             raise ValueError("it does not start with a zo_ds journal header")
-        for key, known in (
-            ("journal_version", JOURNAL_VERSION),
-            ("noise_version", NOISE_VERSION),
-            ("update_version", UPDATE_VERSION),
-        ):
+        for key, known in _VERSIONS.items():
             if tree[key] != known:
                 raise ValueError(f"{key} is {tree[key]}, this zo_ds reads {known}")
-        parameters = tuple(
-            ParamInfo(p["name"], tuple(p["shape"]), getattr(torch, p["dtype"])) for p in tree["parameters"]
-        )
-        return Header(
+        parameters = tuple(ParamInfo(p["name"], tuple(p["shape"]), _DTYPES[p["dtype"]]) for p in tree["parameters"])
+        header = Header(
             tree["run_id"],
             tree["run_seed"],
             NoiseStructure(tree["noise"]),
             tree["estimator"],
+            tree["num_directions"],
+            tree["coefficient_cap"],
             tree["base_sha256"],
             parameters,
             tree["zo_ds"],
+            tree["base_model"],
+            tree["window"],
+            tree["segment"],
+            tree["first_step"],
+            tree["chain"],
         )
+        if header.num_directions < 1 or header.window < 1 or min(header.segment, header.first_step) < 0:
+            raise ValueError("a count in the header is out of range")
+        return header
 
 
 @dataclass(frozen=True)
@@ -104,12 +142,14 @@ class StepRecord:
         skip: None, or why.
         clean_loss: l_0.
         spread: standard deviation of the perturbed losses.
+        state_hash: of the weights that the step started from, None where it was not taken.
     """
 
     update: Update
     skip: SkipReason | None
     clean_loss: float
     spread: float
+    state_hash: int | None = None
 
     @property
     def step(self) -> int:
@@ -117,41 +157,23 @@ class StepRecord:
         return self.update.step
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; coefficients as the hexadecimal bits of fp32, so that no decimal can round them."""
+        """Plain data for people and scripts; NaN and infinities as Python's json writes them."""
         return {
             "step": self.step,
             "skip": self.skip.value if self.skip else None,
-            "terms": [[t.step, t.direction, _bits(t.coefficient)] for t in self.update.terms],
+            "coefficients": [term.coefficient for term in self.update.terms],
             "decay": self.update.decay,
-            "clean_loss": _finite(self.clean_loss),
-            "spread": _finite(self.spread),
+            "clean_loss": self.clean_loss,
+            "spread": self.spread,
+            "state_hash": None if self.state_hash is None else f"{self.state_hash:016x}",
         }
 
-    @staticmethod
-    def from_json(tree: Mapping[str, Any]) -> StepRecord:
-        """The record in plain data.
 
-        Raises:
-            ValueError, KeyError, TypeError: it is malformed.
-        """
-        terms = tuple(Term(int(step), int(direction), _unbits(bits)) for step, direction, bits in tree["terms"])
-        update = Update(int(tree["step"]), terms, float(tree["decay"]))
-        skip = SkipReason(tree["skip"]) if tree["skip"] else None
-        return StepRecord(update, skip, float(tree["clean_loss"]), float(tree["spread"]))
+def direction_of(slot: int, step: int, num_directions: int) -> tuple[int, int]:
+    """(step, direction) whose noise coefficient number ``slot`` of a step multiplies."""
+    return step - slot // num_directions, slot % num_directions
 
 
-def _bits(value: float) -> str:
-    return struct.pack(">f", value).hex()
-
-
-def _unbits(text: str) -> float:
-    raw = bytes.fromhex(text)
-    if len(raw) != 4:
-        raise ValueError(f"{len(raw)} bytes are no fp32")
-    (value,) = struct.unpack(">f", raw)
-    return float(value)
-
-
-def _finite(value: float) -> float | str:
-    # JSON has no NaN; float() reads these strings back.
-    return value if math.isfinite(value) else str(value)
+def terms_of(step: int, coefficients: list[float], num_directions: int) -> tuple[Term, ...]:
+    """The terms of a step from its coefficients, in the order of the record."""
+    return tuple(Term(*direction_of(slot, step, num_directions), c) for slot, c in enumerate(coefficients))

@@ -13,6 +13,7 @@ from torch import Tensor
 from zo_ds.maths import noise
 from zo_ds.maths.directions import Site, chunks
 
+HASH_VERSION = 1
 _MASK32 = 0xFFFFFFFF
 
 

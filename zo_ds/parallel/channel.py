@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
-from zo_ds.errors import MachineError, PeerError
+from zo_ds.errors import MachineError, PeerError, ZODSError
 
 DEFAULT_PORT = 29500
+Result = TypeVar("Result")
 
 
 class Channel(Protocol):
@@ -30,6 +32,10 @@ class Channel(Protocol):
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """The CPU tensor of every rank, in rank order. All ranks give the same shape and dtype."""
+        ...
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Rank 0's bytes; what the others give is not looked at."""
         ...
 
     def barrier(self) -> None:
@@ -49,6 +55,10 @@ class SoloChannel:
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """The only rank's tensor."""
         return [values.clone()]
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """The only rank's bytes."""
+        return payload
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -102,13 +112,32 @@ class GlooChannel:
         try:
             self._group.allgather([gathered], [values.contiguous()]).wait()  # type: ignore[attr-defined]  # not in torch's stubs
         except RuntimeError as error:
-            raise PeerError(
-                "another rank is gone",
-                where=f"rank {self.rank} of {self.world_size}",
-                why=str(error).splitlines()[0],
-                remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
-            ) from error
+            raise self._gone(error) from error
         return gathered
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Rank 0's bytes.
+
+        Raises:
+            PeerError: a rank died or stayed silent for the time-out.
+        """
+        size = int(self.all_gather(torch.tensor([len(payload)]))[0])
+        buffer = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0 and size:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        try:
+            self._group.broadcast([buffer]).wait()  # type: ignore[attr-defined]  # not in torch's stubs
+        except RuntimeError as error:
+            raise self._gone(error) from error
+        return buffer.numpy().tobytes()
+
+    def _gone(self, error: RuntimeError) -> PeerError:
+        return PeerError(
+            "another rank is gone",
+            where=f"rank {self.rank} of {self.world_size}",
+            why=str(error).splitlines()[0],
+            remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
+        )
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
@@ -157,6 +186,30 @@ def open_channel(timeout_s: float) -> Channel:
         timeout_s,
         serve=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
+
+
+def on_rank_0(channel: Channel, work: Callable[[], Result]) -> Result | None:
+    """Let rank 0 do something alone; what it cannot do ends every rank with the same error.
+
+    Returns:
+        The result on rank 0, None on the others.
+
+    Raises:
+        ZODSError: as rank 0 met it.
+    """
+    result: Result | None = None
+    failure: ZODSError | None = None
+    if channel.rank == 0:
+        try:
+            result = work()
+        except ZODSError as error:
+            failure = error
+    told = channel.broadcast(failure.to_json().encode() if failure is not None else b"")
+    if failure is not None:
+        raise failure
+    if told:
+        raise ZODSError.from_json(told)
+    return result
 
 
 def agree(channel: Channel, payload: bytes, what: str) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
-from zo_ds.maths.update import Update
 from zo_ds.ops import api as ops
 from zo_ds.ops.plan import Plan
 
@@ -85,12 +84,25 @@ class WeightStore(ABC):
         """Within this context parameters stay whole in their modules, however often those run."""
         return nullcontext()
 
-    def apply(self, run_seed: int, update: Update) -> None:
-        """Apply an update to all that this rank holds."""
+    def apply(self, plan: Plan, structure: NoiseStructure | None = None) -> None:
+        """Apply updates to all that this rank holds, in one pass however many they are.
+
+        Args:
+            plan: the updates.
+            structure: of their directions, if it is not the store's own.
+        """
         with ExitStack() as held:
             shards = [(info, *held.enter_context(self.local_shard(p))) for p, info in self.parameters.items()]
-            sites = [info.site(self.structure, start) for info, start, _ in shards]
-            ops.apply_([flat for _, _, flat in shards], sites, Plan.of(run_seed, [update]))
+            sites = [info.site(structure or self.structure, start) for info, start, _ in shards]
+            ops.apply_([flat for _, _, flat in shards], sites, plan)
+
+    def state_hash(self) -> int:
+        """The part of this rank in the hash of the trained weights, see `zo_ds.maths.hashing`."""
+        total = 0
+        for parameter, info in self.parameters.items():
+            with self.local_shard(parameter) as (start, flat):
+                total += ops.state_hash(flat, info.site(self.structure, start))
+        return total & 0xFFFFFFFFFFFFFFFF
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite trainable parameters by name.
@@ -109,15 +121,23 @@ class WeightStore(ABC):
             with self.local_shard(parameter) as (start, flat):
                 flat.copy_(tensors[info.name].view(-1).narrow(0, start, flat.numel()))
 
-    def state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Every entry of the model's state dict as a whole tensor on the CPU, frozen ones and buffers included."""
-        by_name = dict(self.module.named_parameters(remove_duplicate=False))
+    @abstractmethod
+    def view(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter where it lies, without a copy: nothing but `apply` and `load` changes what it shows."""
+
+    def views(self) -> list[tuple[str, Tensor]]:
+        """Every entry of the model's state dict, frozen ones and buffers included; tied weights once, see `view`.
+
+        To be called between forwards, which show displaced copies in the module; the views themselves stay right.
+        """
+        first = {parameter: name for name, parameter in self.module.named_parameters()}
+        entries: list[tuple[str, Tensor]] = []
         for name, value in self.module.state_dict(keep_vars=True).items():
-            if name in by_name:
-                with self.whole(by_name[name]) as tensor:
-                    yield name, tensor.detach().to("cpu", copy=True)
-            else:
-                yield name, value.detach().to("cpu", copy=True)
+            if not isinstance(value, nn.Parameter):
+                entries.append((name, value.detach()))
+            elif first.get(value, name) == name:
+                entries.append((name, self.view(value)))
+        return entries
 
     def digest(self) -> str:
         """SHA-256 of the trained weights, see `weights_sha256`."""

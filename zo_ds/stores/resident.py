@@ -24,3 +24,7 @@ class ResidentStore(WeightStore):
     def whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         """The parameter's data."""
         yield parameter.data
+
+    def view(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter's data."""
+        return parameter.data

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
 from zo_ds.config.schema import ZOConfig
 from zo_ds.data.batches import BatchSampler
 from zo_ds.data.examples import Example, Splits, load_splits
 from zo_ds.engine.engine import ZOEngine
-from zo_ds.errors import ConfigError, DataError
+from zo_ds.errors import ConfigError
 from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.channel import Channel
 from zo_ds.parallel.units import units_of_rank
@@ -41,9 +39,18 @@ class Plan:
 
     def fingerprint(self) -> str:
         """SHA-256 of everything ranks must have in common beside the weights."""
-        tree = self.config.model_dump(mode="json", exclude={"output": True, "model": {"path"}, "data": {"path"}})
+        tree = self.config.model_dump(
+            mode="json", exclude={"output": True, "resume": True, "model": {"path"}, "data": {"path"}}
+        )
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
         for example in (*self.splits.train, *self.splits.dev, *self.splits.test):
+            digest.update(f"{example.label} {example.text}\n".encode())
+        return digest.hexdigest()
+
+    def data_sha256(self) -> str:
+        """SHA-256 of the training examples, in order."""
+        digest = hashlib.sha256()
+        for example in self.splits.train:
             digest.update(f"{example.label} {example.text}\n".encode())
         return digest.hexdigest()
 
@@ -136,19 +143,3 @@ def truncation_note(scorer: Scorer, splits: Splits) -> str:
     if not scorer.prompts.truncated:
         return ""
     return f"{scorer.prompts.truncated} of {len(everything)} texts are longer than the model's limit and are cut"
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder's safetensors files.
-
-    Raises:
-        DataError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError("there is no model", where=str(folder), remedy="the run must finish an evaluation to keep one")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-    return tensors

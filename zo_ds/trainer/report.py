@@ -6,12 +6,17 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
 
+import torch
+
 from zo_ds.engine.engine import StepOutput
 from zo_ds.evaluation.accuracy import Evaluation
+from zo_ds.files import write_atomically
+from zo_ds.journal.records import StepRecord
 from zo_ds.trainer.environment import memory_gib
 
 log = logging.getLogger("zo_ds")
@@ -38,9 +43,15 @@ def start_logging(rank: int, run_dir: Path | None = None, stream: TextIO | None 
         screen.addFilter(lambda record: record.levelno < logging.ERROR)
         log.addHandler(screen)
     if run_dir is not None:
-        file = logging.FileHandler(run_dir / ("log.txt" if rank == 0 else f"log-rank{rank}.txt"), encoding="utf-8")
+        run_dir.mkdir(parents=True, exist_ok=True)  # a rank on another node may not see rank 0's
+        file = logging.FileHandler(run_dir / log_name(rank), encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
+
+
+def log_name(rank: int) -> str:
+    """File in the run directory that a rank logs to."""
+    return "log.txt" if rank == 0 else f"log-rank{rank}.txt"
 
 
 def clock(seconds: float) -> str:
@@ -57,19 +68,25 @@ class Progress:
         run_dir: where metrics.jsonl and tensorboard/ go; None on ranks that write nothing.
         total_steps: of the run.
         tensorboard: write events too.
+        steps_done: rows of an earlier life behind this step are dropped: it is going to be taken again.
     """
 
-    def __init__(self, run_dir: Path | None, total_steps: int, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path | None, total_steps: int, *, tensorboard: bool, steps_done: int = 0) -> None:
         self._total = total_steps
         self._seconds: list[float] = []
+        self._complained = False
+        self.unreported: list[int] = []
         self._metrics: IO[str] | None = None
         self._board: Any = None
         if run_dir is not None:
-            self._metrics = (run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+            file = run_dir / "metrics.jsonl"
+            reported = _drop_rows(file, steps_done)
+            self.unreported = [step for step in range(steps_done) if step + 1 not in reported]
+            self._metrics = file.open("a", encoding="utf-8")
             if tensorboard:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                self._board = SummaryWriter(str(run_dir / "tensorboard"))
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1)
 
     def __enter__(self) -> Progress:
         """Use it as a context, so that events are flushed whatever happens."""
@@ -81,7 +98,8 @@ class Progress:
         """Close the files."""
         for sink in (self._metrics, self._board):
             if sink is not None:
-                sink.close()
+                with suppress(OSError):
+                    sink.close()
 
     def step(self, out: StepOutput, tokens: int) -> None:
         """Report a step.
@@ -116,23 +134,59 @@ class Progress:
         ]
         log.info("%s%s", " | ".join(parts), f" | SKIPPED: {out.skip.value}" if out.skip else "")
 
-    def evaluation(self, step: int, split: str, found: Evaluation, note: str = "") -> None:
-        """Report a score after `step` updates."""
+    def recorded(self, record: StepRecord, lr: float, eps: float) -> None:
+        """Report a step that is in the journal, but whose process was killed before it could."""
+        coefficients = torch.tensor([term.coefficient for term in record.update.terms] or [0.0])
+        values = {
+            "loss": record.clean_loss,
+            "spread": record.spread,
+            "coefficient_rms": float(coefficients.square().mean().sqrt()),
+            "lr": lr,
+            "eps": eps,
+        }
+        self._emit("train", record.step + 1, values, skip=record.skip.value if record.skip else None)
+
+    def event(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Put something else that happened after `step` updates into the metrics."""
+        self._emit(kind, step, values)
+
+    def evaluation(self, step: int, split: str, found: Evaluation) -> None:
+        """Put a score after `step` updates into the metrics."""
         self._emit(split, step, {"accuracy": found.accuracy, "loss": found.loss})
-        log.info(
-            "%s", f"{split} accuracy {found.accuracy:.4f}, loss {found.loss:.4f} ({found.examples} examples){note}"
-        )
 
     def _eta(self, done: int) -> float:
         recent = sorted(self._seconds[-20:])
         return (self._total - done) * recent[len(recent) // 2]
 
     def _emit(self, kind: str, step: int, values: dict[str, float], **extra: Any) -> None:
-        if self._metrics is not None:
-            row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values, **extra}
-            # A non-finite loss is shown as such: Python reads NaN and Infinity back.
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            if self._metrics is not None:
+                row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values, **extra}
+                # A non-finite loss is shown as such: Python reads NaN and Infinity back.
+                self._metrics.write(json.dumps(row) + "\n")
+                self._metrics.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            # What the run needs is in the journal, which has its space.
+            if not self._complained:
+                log.warning("%s", f"metrics are not written: {error.strerror}; training goes on")
+            self._complained = True
+
+
+def _drop_rows(file: Path, steps_done: int) -> set[int]:
+    """Forget what is going to happen again; which training steps have a row."""
+    if not file.exists():
+        return set()
+    kept, reported = [], set()
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a row that a killed process was writing
+        if row["step"] <= steps_done:
+            kept.append(line + "\n")
+            reported |= {row["step"]} if row["kind"] == "train" else set()
+    write_atomically(file, "".join(kept))
+    return reported

@@ -1,28 +1,37 @@
-"""`zo_ds eval` and `zo_ds replay`: what is done with a run that is over (or was killed)."""
+"""`zo_ds eval`, `replay` and `audit`: what is done with a run that is over (or was killed)."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from zo_ds.config.load import load_config
+from zo_ds.config.schema import ModelConfig
 from zo_ds.engine.export import save_pretrained
 from zo_ds.engine.initialize import initialize
+from zo_ds.engine.resume import JOURNAL, SNAPSHOTS
 from zo_ds.errors import ConfigError, CorruptRunError
 from zo_ds.evaluation.accuracy import evaluate
-from zo_ds.journal.journal import read_journal
-from zo_ds.journal.replay import replay_
-from zo_ds.models.load import load_model
+from zo_ds.journal.history import History, read_journal
+from zo_ds.journal.recovery import Start, choose_start
+from zo_ds.journal.replay import Replayed, replay_
+from zo_ds.journal.snapshot import committed, verify
+from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.channel import open_channel
 from zo_ds.stores.base import trainable_parameters
 from zo_ds.stores.resident import ResidentStore
+from zo_ds.stores.shards import read_weights
 from zo_ds.trainer.environment import use_threads
-from zo_ds.trainer.job import check, load, read_weights, settle
-from zo_ds.trainer.report import log
+from zo_ds.trainer.job import check, load, settle
+from zo_ds.trainer.report import clock, log
 from zo_ds.trainer.run_dir import read_result
-from zo_ds.trainer.train import JOURNAL
+
+_SHOW_EVERY_S = 2.0
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
@@ -56,6 +65,61 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """A model whose weights were replayed.
+
+    Attributes:
+        loaded: the model, weights and all.
+        replayed: digest and hashes.
+        seconds: that the replay took.
+    """
+
+    loaded: LoadedModel
+    replayed: Replayed
+    seconds: float
+
+
+def rebuild(
+    config: ModelConfig,
+    classes: int,
+    history: History,
+    steps: int,
+    *,
+    start: Start | None = None,
+    hash_at: Collection[int] = (),
+) -> Rebuilt:
+    """Load a base model and replay a journal on it, with progress on the screen.
+
+    Args:
+        config: of the base model.
+        classes: of the task.
+        history: the journal.
+        steps: how many.
+        start: where from, the base weights if None.
+        hash_at: steps before which the weights are hashed.
+
+    Raises:
+        ZODSError: see `replay_` and `load_model`.
+    """
+    loaded = load_model(config, classes)
+    parameters = trainable_parameters(loaded.module)
+    tensors: dict[str, Tensor] = {}
+    for parameter, info in parameters.items():
+        parameter.data = parameter.data.contiguous()
+        tensors[info.name] = parameter.data
+    first = 0
+    if start is not None and start.snapshot is not None:
+        first = start.step
+        for name, tensor in read_weights(start.snapshot).items():
+            if name in tensors:
+                tensors[name].copy_(tensor)
+    meter = _Meter({info.name: info.numel for info in parameters.values()}, history, first, steps)
+    log.info("%s", f"replaying {steps - first} steps on {len(parameters)} parameters of {config.path}")
+    replayed = replay_(tensors, history, steps, first=first, hash_at=hash_at, progress=meter.done)
+    return Rebuilt(loaded, replayed, meter.seconds)
+
+
 def replay_run(run: Path, steps: int | None, save_to: Path | None) -> dict[str, Any]:
     """Rebuild a run's weights from its base model and its journal, without data.
 
@@ -75,30 +139,102 @@ def replay_run(run: Path, steps: int | None, save_to: Path | None) -> dict[str, 
     """
     result = read_result(run)
     config = load_config(run / "resolved.yaml")
-    journal = read_journal(run / JOURNAL)
+    history = read_journal(run / JOURNAL)
     kept = result["best_step"] if result is not None else None
+    known = max(segment.end_step for segment in history.segments)
     if steps is None:
-        steps = kept if kept is not None else len(journal.records)
-    if not 0 <= steps <= len(journal.records):
-        raise ConfigError(f"the journal has {len(journal.records)} steps, not {steps}", where="--steps")
-    loaded = load_model(config.model, len(config.task.label_words or ()))
-    parameters = trainable_parameters(loaded.module)
-    log.info("%s", f"replaying {steps} steps on {len(parameters)} parameters of {config.model.path}")
-    digest = replay_({info.name: _data(p) for p, info in parameters.items()}, journal, steps)
+        steps = kept if kept is not None else history.steps
+    if steps < 0 or (steps > known and history.whole):
+        raise ConfigError(f"the journal has {known} steps, not {steps}", where="--steps")
+    if steps > known:
+        raise history.damage(known)
+    start = None
+    if history.steps < steps:
+        log.warning("%s", f"the journal is damaged ({'; '.join(history.problems)}); starting from a snapshot")
+        start = choose_start(history, run / SNAPSHOTS, lambda text: log.warning("%s", text), last=steps, move=False)
+        if start.end < steps:
+            raise history.damage(start.end)
+    built = rebuild(config.model, len(config.task.label_words or ()), history, steps, start=start)
+    digest = built.replayed.weights_sha256
     matches = digest == result["weights_sha256"] if result is not None and steps == kept else None
     if matches is False:
         raise CorruptRunError(
             "the replayed weights are not those of the run",
             where=str(run / JOURNAL),
             why=f"SHA-256 {digest[:16]}..., result.json has {result['weights_sha256'][:16] if result else ''}...",
-            remedy="check that journal.jsonl and result.json belong to the same run",
+            remedy="check that journal/ and result.json belong to the same run",
         )
     if save_to is not None:
-        store = ResidentStore(loaded.module, parameters, journal.header.noise)
-        save_pretrained(store, save_to, loaded.tokenizer)
+        save_rebuilt(built, history, save_to, steps)
     return {"steps": steps, "weights_sha256": digest, "matches": matches}
 
 
-def _data(parameter: nn.Parameter) -> Any:
-    parameter.data = parameter.data.contiguous()
-    return parameter.data
+def save_rebuilt(built: Rebuilt, history: History, folder: Path, steps: int) -> None:
+    """Write a replayed model in Hugging Face layout."""
+    parameters = trainable_parameters(built.loaded.module)
+    store = ResidentStore(built.loaded.module, parameters, history.header.noise)
+    note = {
+        "step": steps,
+        "weights_sha256": built.replayed.weights_sha256,
+        "run_id": history.header.run_id,
+        "base_model": history.header.base_model,
+    }
+    save_pretrained(store, folder, built.loaded.tokenizer, note)
+
+
+def audit_run(run: Path) -> dict[str, Any]:
+    """Replay a run from its base model, and compare with every hash that was taken of the live weights.
+
+    Returns:
+        steps, hashes: how many were compared, problems: in words, empty if all is well.
+
+    Raises:
+        DataError: the directory is no run.
+        CorruptRunError: nothing can be replayed.
+    """
+    result = read_result(run)
+    config = load_config(run / "resolved.yaml")
+    history = read_journal(run / JOURNAL)
+    problems = list(history.problems)
+    records = history.records()
+    taken = {record.step: record.state_hash for record in records if record.state_hash is not None}
+    built = rebuild(config.model, len(config.task.label_words or ()), history, len(records), hash_at=taken.keys())
+    wrong = [step for step, value in taken.items() if built.replayed.hashes[step] != value]
+    if wrong:
+        problems.append(
+            f"the weights in memory before step {wrong[0]} were not those that the journal leads to "
+            f"({len(wrong)} of {len(taken)} hashes differ)"
+        )
+    ended_here = result is not None and result["best_step"] == len(records)
+    if ended_here and result is not None and built.replayed.weights_sha256 != result["weights_sha256"]:
+        problems.append("the replayed weights are not those in result.json")
+    for folder in committed(run / SNAPSHOTS):
+        try:
+            verify(folder)
+        except CorruptRunError as error:
+            problems.append(f"{error.where}: {error.why}")
+    return {"steps": len(records), "hashes": len(taken), "problems": problems}
+
+
+class _Meter:
+    """Progress of a replay: share, rate and time left."""
+
+    def __init__(self, sizes: dict[str, int], history: History, first: int, steps: int) -> None:
+        self._sizes, self._total, self._done = sizes, sum(sizes.values()), 0
+        stretches = history.stretches(first, steps) if first <= steps <= history.segments[-1].end_step else []
+        self._terms = sum(len(record.update.terms) for stretch in stretches for record in stretch.records)
+        self._started = self._shown = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def done(self, name: str) -> None:
+        self._done += self._sizes[name]
+        now = time.perf_counter()
+        if now - self._shown < _SHOW_EVERY_S:
+            return
+        self._shown = now
+        share, rate = self._done / self._total, self._done * self._terms / (now - self._started)
+        left = (now - self._started) * (1 - share) / share
+        log.info("%s", f"replay {share:.0%} | {rate:.2e} parameters x directions/s | ETA {clock(left)}")

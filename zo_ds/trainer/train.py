@@ -1,38 +1,56 @@
-"""`zo_ds train`: zero-shot score, steps with evaluations in between, the best model's score."""
+"""`zo_ds train`: open or continue a run directory, set the model up, hand over to the session."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
-import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import zo_ds
+from zo_ds.config.identity import Difference
 from zo_ds.config.schema import ZOConfig
-from zo_ds.data.examples import Example
-from zo_ds.engine.engine import ZOEngine
+from zo_ds.engine.export import write_extras
 from zo_ds.engine.initialize import initialize
-from zo_ds.errors import ZODSError
-from zo_ds.evaluation.accuracy import Evaluation, evaluate
-from zo_ds.journal.journal import Journal
-from zo_ds.journal.records import Header
+from zo_ds.engine.resume import Options, Resumed, open_run
+from zo_ds.errors import MachineError, PeerError, StoppedError, ZODSError
 from zo_ds.models.load import LoadedModel
 from zo_ds.ops.builder import Report
-from zo_ds.parallel.channel import Channel, agree, open_channel
-from zo_ds.tasks.scoring import Batch, Scorer
-from zo_ds.trainer.environment import describe, op_reports, peak_rss_gib, use_threads
-from zo_ds.trainer.job import Plan, check, encode_units, load, make_sampler, read_weights, settle, truncation_note
-from zo_ds.trainer.report import Progress, clock, log, start_logging
-from zo_ds.trainer.run_dir import RunDir, default_run_dir
+from zo_ds.parallel.channel import Channel, agree, on_rank_0, open_channel
+from zo_ds.tasks.scoring import Scorer
+from zo_ds.trainer.environment import describe, op_reports, use_threads
+from zo_ds.trainer.health import Guard, local_peers
+from zo_ds.trainer.job import Plan, check, load, settle, truncation_note
+from zo_ds.trainer.report import Progress, log, log_name, start_logging
+from zo_ds.trainer.run_dir import RunDir, changes, default_run_dir, find_unfinished, read_result, refuse_changes
+from zo_ds.trainer.session import Session
+from zo_ds.trainer.state import RunState
 
-JOURNAL = "journal.jsonl"
+
+@dataclass(frozen=True)
+class _Opening:
+    """What rank 0 found in the run directory, told to all.
+
+    Attributes:
+        path: of the directory.
+        state: of the run.
+        forked: changes of the mathematics that the user wants.
+        finished: there is nothing left to do.
+        fresh: the run begins here.
+    """
+
+    path: Path
+    state: RunState
+    forked: list[str]
+    finished: bool
+    fresh: bool
 
 
 def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
-    """Run a recipe on this rank.
+    """Run a recipe on this rank, or go on with it where an earlier process stopped.
 
     Args:
         config: the recipe.
@@ -45,55 +63,127 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
     Raises:
         ZODSError: see the subclasses; the run directory's log has the same message.
     """
+    started = time.perf_counter()
+    # Before DeepSpeed's world of one sets the variable itself.
+    launched = "RANK" in os.environ
     channel = open_channel(config.parallel.timeout_s)
     threads = use_threads(config.parallel.threads, channel.local_world_size)
     start_logging(channel.rank)
     compiled = op_reports()
     plan = check(config, channel)
-    run_dir = _open_run_dir(config, channel)
+    run_dir, opening = _open(plan, threads, channel)
     try:
-        loaded, scorer = load(plan)
-    except ZODSError:
+        if opening.finished:
+            log.info("%s", f"the run in {opening.path} is finished; output.run_dir=... or resume=never for another one")
+            return opening.path if channel.rank == 0 else None
+        try:
+            loaded, scorer = load(plan)
+        except ZODSError:
+            if run_dir is not None and opening.fresh:
+                run_dir.discard()
+                run_dir = None
+            raise
+        start_logging(channel.rank, opening.path)
+        _announce(plan, channel, threads, opening, compiled)
         if run_dir is not None:
-            run_dir.discard()
-        raise
-    path = _shared_path(run_dir, channel)
-    start_logging(channel.rank, path)
-    try:
-        _announce(plan, channel, threads, path, compiled)
-        if run_dir is not None:
-            run_dir.explain(given, overrides, plan.resolved(threads, path), plan.deepspeed)
+            run_dir.explain(given, overrides, plan.resolved(threads, opening.path), plan.deepspeed)
             run_dir.write_json("env.json", describe(channel.world_size, threads))
-        result = _run(plan, loaded, scorer, channel, run_dir, path)
+            run_dir.write("state.json", opening.state.to_json())
+        _logged(plan, loaded, scorer, channel, run_dir, opening, started, launched)
+    finally:
+        if run_dir is not None:
+            run_dir.close()
+    return opening.path if channel.rank == 0 else None
+
+
+def _logged(
+    plan: Plan,
+    loaded: LoadedModel,
+    scorer: Scorer,
+    channel: Channel,
+    run_dir: RunDir | None,
+    opening: _Opening,
+    started: float,
+    launched: bool,
+) -> None:
+    try:
+        result = _run(plan, loaded, scorer, channel, run_dir, opening, started, launched)
         if run_dir is not None:
             run_dir.write_json("result.json", result)
     except Exception as error:
         log.error("%s", error)
         raise
-    finally:
-        if run_dir is not None:
+
+
+def _open(plan: Plan, threads: int, channel: Channel) -> tuple[RunDir | None, _Opening]:
+    """The run directory on rank 0, and what is in it, on all ranks."""
+
+    def look() -> tuple[RunDir, dict[str, Any]]:
+        path = _choose(plan, threads)
+        run_dir = RunDir(path)
+        try:
+            state, forked, fresh = _look(run_dir, plan, plan.resolved(threads, path))
+        except ZODSError:
             run_dir.close()
-    return path if channel.rank == 0 else None
+            raise
+        return run_dir, {
+            "path": str(path),
+            "state": state.to_json(),
+            "forked": forked,
+            "fresh": fresh,
+            "finished": not fresh and not forked and _finished(path, plan.config.training.steps),
+        }
+
+    run_dir, told = on_rank_0(channel, look) or (None, {})
+    told = json.loads(channel.broadcast(json.dumps(told).encode()))
+    state = RunState.from_json(told["state"], "state.json")
+    return run_dir, _Opening(Path(told["path"]), state, told["forked"], told["finished"], told["fresh"])
 
 
-def _open_run_dir(config: ZOConfig, channel: Channel) -> RunDir | None:
-    if channel.rank != 0:
-        return None
-    chosen = config.output.run_dir
-    return RunDir(Path(chosen) if chosen else default_run_dir(config.name))
+def _choose(plan: Plan, threads: int) -> Path:
+    config = plan.config
+    if config.output.run_dir is not None:
+        return Path(config.output.run_dir)
+    if config.resume == "auto":
+        unfinished = find_unfinished(config.name, plan.resolved(threads, Path("runs")), plan.data_sha256())
+        if unfinished is not None:
+            log.info("%s", f"going on with the unfinished run {unfinished} (resume=never starts another one)")
+            return unfinished
+    return default_run_dir(config.name)
 
 
-def _shared_path(run_dir: RunDir | None, channel: Channel) -> Path:
-    """Rank 0's choice, told to all."""
-    buffer = torch.zeros(4096, dtype=torch.uint8)
-    if run_dir is not None:
-        raw = str(run_dir.path).encode()
-        buffer[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    raw = bytes(channel.all_gather(buffer)[0].tolist())
-    return Path(raw.rstrip(b"\0").decode())
+def _look(run_dir: RunDir, plan: Plan, resolved: dict[str, Any]) -> tuple[RunState, list[str], bool]:
+    """(state, forked changes, whether the run is new)."""
+    path, data = run_dir.path, plan.data_sha256()
+    if not run_dir.journalled:
+        return RunState(data), [], True  # nothing was done here that a changed recipe could contradict
+    if plan.config.resume == "never":
+        raise MachineError(
+            "the run directory already holds a run",
+            where=str(path),
+            why="resume is never",
+            remedy="choose another output.run_dir, or leave resume away to go on with it",
+        )
+    if not (path / "resolved.yaml").is_file():
+        return RunState(data), [], False
+    changed, rounding = changes(path, resolved)
+    state = run_dir.state() or RunState(data)
+    if state.data_sha256 != data:
+        changed.append(Difference("data (training examples)", state.data_sha256[:12], data[:12]))
+    if plan.config.resume != "fork":
+        refuse_changes(path, changed)
+    for difference in rounding:
+        log.info("%s", f"going on with another setting that may change the last bits: {difference}")
+    state.data_sha256, state.starts = data, state.starts + 1
+    return state, [str(difference) for difference in changed], False
 
 
-def _announce(plan: Plan, channel: Channel, threads: int, path: Path, compiled: Sequence[Report]) -> None:
+def _finished(path: Path, steps: int) -> bool:
+    result = read_result(path)
+    return result is not None and result["steps"] >= steps
+
+
+def _announce(plan: Plan, channel: Channel, threads: int, opening: _Opening, compiled: Sequence[Report]) -> None:
     zo, training = plan.config.zeroth_order, plan.config.training
     log.info(
         "%s",
@@ -102,13 +192,20 @@ def _announce(plan: Plan, channel: Channel, threads: int, path: Path, compiled: 
         f"ZeRO stage {plan.deepspeed['zero_optimization']['stage']}, "
         f"ops {', '.join(f'{op.name} {op.active}' for op in compiled if op.active != '-')}",
     )
-    log.info("%s", f"run directory {path}")
+    log.info("%s", f"run directory {opening.path}{'' if opening.fresh else ' (going on)'}")
 
 
 def _run(
-    plan: Plan, loaded: LoadedModel, scorer: Scorer, channel: Channel, run_dir: RunDir | None, path: Path
+    plan: Plan,
+    loaded: LoadedModel,
+    scorer: Scorer,
+    channel: Channel,
+    run_dir: RunDir | None,
+    opening: _Opening,
+    started: float,
+    launched: bool,
 ) -> dict[str, Any]:
-    config = plan.config
+    config, path, state = plan.config, opening.path, opening.state
     log.info(
         "%s",
         f"model {config.model.path} ({sum(p.numel() for p in loaded.module.parameters()) / 1e6:.1f} M parameters, "
@@ -120,109 +217,58 @@ def _run(
         log.warning("%s", note)
     engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
     settle(engine, scorer, plan)
-    base = engine.digest()
-    agree(channel, f"{plan.fingerprint()} {base}".encode(), "the recipe, the data or the base weights")
-    if run_dir is not None:
-        engine.record_to(Journal(path / JOURNAL, _header(engine, base)))
-    with Progress(
-        path if run_dir is not None else None, config.training.steps, tensorboard=config.output.tensorboard
-    ) as progress:
-        session = _Session(plan, channel, engine, loaded, scorer, progress, path)
-        result = session.run()
-    engine.close()
-    log.info(
-        "%s", f"journal {path / JOURNAL}, model {path / 'model'}, plots: tensorboard --logdir {path / 'tensorboard'}"
-    )
+    agree(channel, f"{plan.fingerprint()} {engine.digest()}".encode(), "the recipe, the data or the base weights")
+    limits = (config.parallel.hang_s, config.parallel.timeout_s)
+    log_file = path / log_name(channel.rank)
+    with Guard(local_peers(channel), *limits, launched=launched, stacks=log_file) as guard:
+        engine.stop_when(lambda: guard.stop_requested)
+        session = Session(plan, channel, engine, loaded, scorer, run_dir, path, state, guard)
+        try:
+            session.score_base()
+            set_up = time.perf_counter() - started
+            begun = time.perf_counter()
+            resumed = open_run(engine, path, _options(plan, loaded, session, bool(opening.forked)))
+            opened = time.perf_counter() - begun
+            _say_where(resumed)
+            state.forget_after(resumed.step)
+            if opening.forked:
+                session.fork(resumed.step, opening.forked)
+            shown = path if run_dir is not None else None
+            with Progress(
+                shown, config.training.steps, tensorboard=config.output.tensorboard, steps_done=resumed.step
+            ) as progress:
+                values = {"set_up_s": set_up, "open_s": opened, "replay_s": resumed.seconds}
+                progress.event("start", resumed.step, {**values, "replayed": float(resumed.replayed)})
+                result = session.run(progress)
+        except PeerError as error:
+            if guard.stop_requested:
+                raise StoppedError("stopped, as asked", remedy="the same command goes on from here") from error
+            raise
+        finally:
+            engine.close_journal()
+        engine.close()
+    log.info("%s", f"journal {path / 'journal'}, model {path / 'model'}, plots: tensorboard --logdir {path}")
     return result
 
 
-def _header(engine: ZOEngine, base: str) -> Header:
-    return Header(
-        uuid.uuid4().hex,
-        engine.config.run_seed,
-        engine.store.structure,
-        engine.config.estimator.value,
-        base,
-        tuple(engine.store.parameters.values()),
-        zo_ds.__version__,
+def _options(plan: Plan, loaded: LoadedModel, session: Session, fork: bool) -> Options:
+    model = plan.config.model
+    return Options(
+        settings=plan.config.journal,
+        total_steps=plan.config.training.steps,
+        base_model={**model.model_dump(mode="json"), "classes": len(plan.task.label_words)},
+        fork=fork,
+        extras=lambda folder: write_extras(session.store, loaded.tokenizer, folder),
+        warn=lambda text: log.warning("%s", text),
     )
 
 
-class _Session:
-    """The measured part of a run: everything after set-up."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        channel: Channel,
-        engine: ZOEngine,
-        loaded: LoadedModel,
-        scorer: Scorer,
-        progress: Progress,
-        path: Path,
-    ) -> None:
-        self._plan, self._channel, self._engine = plan, channel, engine
-        self._loaded, self._scorer, self._progress, self._path = loaded, scorer, progress, path
-        self._best: Evaluation | None = None
-        self._best_step = 0
-
-    def run(self) -> dict[str, Any]:
-        """Score, train, score; returns what result.json holds."""
-        started = time.perf_counter()
-        training = self._plan.config.training
-        zero_shot = self._evaluate("test", " zero-shot", 0)
-        forwards = 0
-        sampler = make_sampler(self._plan.config, self._plan.splits, self._scorer)
-        for step in range(training.steps):
-            examples = [self._plan.splits.train[index] for index in sampler.indices(step)]
-            out = self._engine.step(self._units(examples))
-            forwards += out.forwards
-            evaluations = out.forwards // (training.batch_size // training.micro_batch_size)
-            self._progress.step(out, evaluations * sum(map(self._scorer.length, examples)))
-            if step + 1 == training.steps or (training.eval_every and (step + 1) % training.eval_every == 0):
-                self._keep_best(step + 1)
-        self._return_to_best()
-        final = self._evaluate("test", f" after step {self._best_step}", training.steps)
-        seconds = time.perf_counter() - started
-        log.info(
-            "%s",
-            f"test accuracy {zero_shot.accuracy:.4f} zero-shot -> {final.accuracy:.4f} after {self._best_step} steps, "
-            f"{forwards} forwards, {clock(seconds)}",
-        )
-        return {
-            "zero_shot_accuracy": zero_shot.accuracy,
-            "final_accuracy": final.accuracy,
-            "test_examples": final.examples,
-            "steps": training.steps,
-            "best_step": self._best_step,
-            "forwards": forwards,
-            "wall_s": round(seconds, 3),
-            "peak_rss_gib": round(peak_rss_gib(), 3),
-            "weights_sha256": self._engine.digest(),
-            "zero_shot_loss": zero_shot.loss,
-            "final_loss": final.loss,
-        }
-
-    def _units(self, examples: list[Example]) -> list[Batch]:
-        micro = self._plan.config.training.micro_batch_size
-        return encode_units(examples, micro, self._scorer, self._channel, self._engine.device)
-
-    def _evaluate(self, split: str, note: str, step: int) -> Evaluation:
-        examples = {"dev": self._plan.splits.dev, "test": self._plan.splits.test}[split]
-        batch_size = self._plan.config.training.eval_batch_size
-        found = evaluate(self._engine.call, self._scorer, examples, batch_size, self._channel, self._engine.device)
-        self._progress.evaluation(step, split, found, note)
-        return found
-
-    def _keep_best(self, step: int) -> None:
-        found = self._evaluate("dev", f" after step {step}", step)
-        if not self._plan.config.output.save_model:
-            self._best, self._best_step = found, step
-        elif found.better_than(self._best, self._plan.config.training.best_by):
-            self._best, self._best_step = found, step
-            self._engine.save_pretrained(self._path / "model", self._loaded.tokenizer)
-
-    def _return_to_best(self) -> None:
-        if self._best_step < self._engine.steps_done:
-            log.info("%s", f"back to the best model on the dev set, after step {self._best_step}")
-            self._engine.load_weights(read_weights(self._path / "model"))
+def _say_where(resumed: Resumed) -> None:
+    if not resumed.step:
+        return
+    begin = f"snapshot {resumed.snapshot}" if resumed.snapshot else "the base model"
+    log.info(
+        "%s",
+        f"at step {resumed.step}: {begin} and {resumed.replayed} replayed steps "
+        f"({resumed.seconds:.2f} s); every journalled step is there",
+    )

@@ -1,0 +1,151 @@
+"""What makes the steps of an engine last: its journal, snapshots when replay would take long, checks of the weights."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from zo_ds.config.schema import JournalConfig
+from zo_ds.engine.audit import Auditor
+from zo_ds.engine.snapshots import SnapshotWriter
+from zo_ds.errors import MachineError
+from zo_ds.journal.history import Stretch
+from zo_ds.journal.journal import Journal
+from zo_ds.journal.records import StepRecord
+from zo_ds.journal.snapshot import SnapshotInfo
+from zo_ds.parallel.channel import Channel, agree
+from zo_ds.stores.base import WeightStore
+
+
+class Durability:
+    """Keeps the record of a run; rank 0 writes, every rank checks.
+
+    Args:
+        store: the weights.
+        channel: to the other ranks.
+        settings: how often what is done.
+        journal: on rank 0; None on the others.
+        snapshots: folder for them.
+        newest: the snapshot that the run went on from, if any.
+        since: what was replayed since.
+        replay_s: how long that took.
+        extras: writes the model's configuration and tokenizer into a folder.
+        warn: told what went wrong.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        channel: Channel,
+        settings: JournalConfig,
+        journal: Journal | None,
+        snapshots: Path,
+        *,
+        newest: Path | None = None,
+        since: list[Stretch] | None = None,
+        replay_s: float = 0.0,
+        extras: Callable[[Path], None] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.journal = journal
+        self._store, self._channel, self._settings, self._warn = store, channel, settings, warn
+        self._writer = SnapshotWriter(snapshots, settings.keep_snapshots, extras, warn)
+        self._auditor = Auditor(store, warn)
+        self._newest, self._since = newest, list(since or [])
+        self._pending: list[StepRecord] = []
+        self._replay_s = replay_s
+
+    def state_hash(self, step: int) -> int | None:
+        """Hash of the weights that a step starts from, if it is due; collective.
+
+        Raises:
+            PeerError: the ranks hold different weights.
+        """
+        if step % self._settings.hash_every:
+            return None
+        found = self._store.state_hash()
+        agree(self._channel, struct.pack("<Q", found), f"the weights before step {step}")
+        # Only weights that all ranks agree on are worth a snapshot.
+        if self._replay_s > self._settings.snapshot_replay_s and not self._writer.busy:
+            self.snapshot(found)
+        return found
+
+    def commit(self, record: StepRecord) -> None:
+        """Make a step durable. Until then nobody may apply it.
+
+        Raises:
+            MachineError: the disk refused it.
+        """
+        if self.journal is not None:
+            self.journal.append(record)
+
+    def before_apply(self) -> None:
+        """Return when the weights may change."""
+        self._writer.wait_until_read()
+
+    def applied(self, record: StepRecord, seconds: float) -> None:
+        """Take note of a step that is done, and do what has become due.
+
+        Args:
+            record: the step.
+            seconds: that applying it took, which is an upper bound of what replaying it will take.
+        """
+        if self.journal is None:
+            return
+        self._pending.append(record)
+        self._replay_s += seconds
+        if not self._writer.busy:
+            self._take_note(self._writer.finish())
+        due = (record.step + 1) % self._settings.audit_every == 0
+        if due and self._newest is not None and not self._writer.busy and self._newest.is_dir():
+            self._auditor.audit(self._newest, [*self._since, Stretch(self.journal.header, tuple(self._pending))])
+
+    def snapshot(self, state_hash: int | None = None) -> None:
+        """Begin a snapshot of the weights as they are now.
+
+        Args:
+            state_hash: of these weights, if it is known.
+        """
+        if self.journal is None:
+            return
+        self._replay_s = 0.0
+        self._take_note(self._writer.finish())
+        before = self.journal.header
+        try:
+            self.journal.rotate()
+        except MachineError as error:
+            self._warn(f"no snapshot: {error.what}; training goes on, the journal is safe")
+            return
+        self._since.append(Stretch(before, tuple(self._pending)))
+        self._pending = []
+        info = SnapshotInfo(
+            self.journal.header.run_id,
+            self.journal.next_step,
+            self._store.state_hash() if state_hash is None else state_hash,
+            *self.journal.position,
+        )
+        self._writer.start(info, self._store.views())
+
+    def wait(self) -> None:
+        """Return when the snapshot under way is on disk."""
+        self._take_note(self._writer.finish())
+
+    @property
+    def repaired(self) -> int:
+        """Blocks of the weights that audits had to put right."""
+        return self._auditor.repaired
+
+    def close(self) -> None:
+        """Finish what is under way and close the journal.
+
+        Raises:
+            MachineError: the disk refused the last records.
+        """
+        self._writer.finish()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _take_note(self, finished: Path | None) -> None:
+        if finished is not None:
+            self._newest, self._since = finished, []

@@ -1,0 +1,229 @@
+"""The measured part of a run: score, train, score; picks up where an earlier process of the same run stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_ds.data.examples import Example
+from zo_ds.engine.engine import ZOEngine
+from zo_ds.engine.export import NOTE
+from zo_ds.engine.resume import JOURNAL
+from zo_ds.evaluation.accuracy import Evaluation, evaluate
+from zo_ds.forward.evaluator import Result
+from zo_ds.journal.history import read_journal
+from zo_ds.journal.replay import replay_
+from zo_ds.journal.stream import from_bytes, to_bytes
+from zo_ds.maths.estimators import probes
+from zo_ds.models.load import LoadedModel, load_model
+from zo_ds.parallel.channel import Channel
+from zo_ds.stores.base import WeightStore, trainable_parameters
+from zo_ds.stores.shards import read_weights
+from zo_ds.tasks.scoring import Batch, Scorer
+from zo_ds.trainer.environment import peak_rss_gib
+from zo_ds.trainer.health import Guard
+from zo_ds.trainer.job import Plan, encode_units, make_sampler
+from zo_ds.trainer.report import Progress, clock, log
+from zo_ds.trainer.run_dir import RunDir
+from zo_ds.trainer.state import RunState
+
+
+class Session:
+    """Everything after set-up.
+
+    Args:
+        plan, channel, engine, loaded, scorer: what is trained, and how.
+        run_dir: on rank 0; None on the others.
+        path: of the run directory.
+        state: what earlier lives found out; kept up to date.
+        guard: told about progress.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        channel: Channel,
+        engine: ZOEngine,
+        loaded: LoadedModel,
+        scorer: Scorer,
+        run_dir: RunDir | None,
+        path: Path,
+        state: RunState,
+        guard: Guard,
+    ) -> None:
+        self._plan, self._channel, self._engine = plan, channel, engine
+        self._loaded, self._scorer, self._run_dir, self._path = loaded, scorer, run_dir, path
+        self._state, self._guard = state, guard
+        self._progress: Progress | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def store(self) -> WeightStore:
+        """Holds the weights."""
+        return self._engine.store
+
+    def score_base(self) -> None:
+        """Take the zero-shot score, unless an earlier life has it. The engine must be at its base weights."""
+        if self._state.zero_shot is None:
+            self._state.zero_shot = self._evaluate("test", " zero-shot", 0)
+            self._keep_state()
+
+    def fork(self, step: int, changed: list[str]) -> None:
+        """Note that the mathematics is another from this step on."""
+        forwards = self._state.forwards(step, self._forwards_per_step())
+        self._state.forks.append({"step": step, "forwards": forwards, "changes": changed})
+        self._keep_state()
+        log.warning("%s", f"forked at step {step}: {'; '.join(changed)}")
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Train from where the engine is, score; returns what result.json holds."""
+        self._progress = progress
+        training, state = self._plan.config.training, self._state
+        sampler = make_sampler(self._plan.config, self._plan.splits, self._scorer)
+        self._report_the_unreported(progress)
+        if self._engine.steps_done == 0 and state.zero_shot is not None:
+            progress.evaluation(0, "test", state.zero_shot)
+        if self._due(self._engine.steps_done) and self._engine.steps_done not in state.dev:
+            self._keep_best(self._engine.steps_done)
+        while self._engine.steps_done < training.steps:
+            examples = [self._plan.splits.train[index] for index in sampler.indices(self._engine.steps_done)]
+            out = self._engine.step(self._units(examples))
+            self._guard.progress()
+            evaluations = out.forwards // (training.batch_size // training.micro_batch_size)
+            progress.step(out, evaluations * sum(map(self._scorer.length, examples)))
+            if self._due(out.step + 1):
+                self._keep_best(out.step + 1)
+        best_step, _ = state.best(training.best_by)
+        if not self._plan.config.output.save_model:
+            best_step = training.steps
+        self._return_to(best_step)
+        final = self._evaluate("test", f" after step {best_step}", training.steps)
+        return self._result(best_step, final)
+
+    def _report_the_unreported(self, progress: Progress) -> None:
+        if not progress.unreported:
+            return
+        history = read_journal(self._path / JOURNAL)
+        known = {record.step: record for segment in history.segments for record in segment.records}
+        for step in progress.unreported:
+            if step in known:
+                progress.recorded(known[step], *self._engine.scheduled(step))
+
+    def _result(self, best_step: int, final: Evaluation) -> dict[str, Any]:
+        training, zero_shot = self._plan.config.training, self._state.zero_shot
+        forwards = self._state.forwards(training.steps, self._forwards_per_step())
+        seconds = self._state.seconds + time.perf_counter() - self._started
+        before = f"{zero_shot.accuracy:.4f} zero-shot -> " if zero_shot else ""
+        log.info(
+            "%s",
+            f"test accuracy {before}{final.accuracy:.4f} after {best_step} steps, "
+            f"{forwards} forwards, {clock(seconds)}",
+        )
+        return {
+            "zero_shot_accuracy": zero_shot.accuracy if zero_shot else None,
+            "final_accuracy": final.accuracy,
+            "test_examples": final.examples,
+            "steps": training.steps,
+            "best_step": best_step,
+            "forwards": forwards,
+            "wall_s": round(seconds, 3),
+            "starts": self._state.starts,
+            "peak_rss_gib": round(peak_rss_gib(), 3),
+            "weights_sha256": self._engine.digest(),
+            "zero_shot_loss": zero_shot.loss if zero_shot else None,
+            "final_loss": final.loss,
+        }
+
+    def _due(self, steps: int) -> bool:
+        """Whether the dev set is scored after so many steps."""
+        training = self._plan.config.training
+        return steps > 0 and (
+            steps == training.steps or (training.eval_every is not None and steps % training.eval_every == 0)
+        )
+
+    def _forwards_per_step(self) -> int:
+        training = self._plan.config.training
+        return len(probes(self._engine.config.estimator_spec)) * (training.batch_size // training.micro_batch_size)
+
+    def _units(self, examples: list[Example]) -> list[Batch]:
+        micro = self._plan.config.training.micro_batch_size
+        return encode_units(examples, micro, self._scorer, self._channel, self._engine.device)
+
+    def _evaluate(self, split: str, note: str, step: int) -> Evaluation:
+        examples = {"dev": self._plan.splits.dev, "test": self._plan.splits.test}[split]
+        batch_size = self._plan.config.training.eval_batch_size
+        found = evaluate(self._call, self._scorer, examples, batch_size, self._channel, self._engine.device)
+        if self._progress is not None:
+            self._progress.evaluation(step, split, found)
+        log.info(
+            "%s", f"{split} accuracy {found.accuracy:.4f}, loss {found.loss:.4f} ({found.examples} examples){note}"
+        )
+        return found
+
+    def _call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
+        self._guard.beat()
+        return self._engine.call(function, batch)
+
+    def _keep_best(self, step: int) -> None:
+        by = self._plan.config.training.best_by
+        before = self._state.best(by)[1]
+        found = self._evaluate("dev", f" after step {step}", step)
+        if self._plan.config.output.save_model and found.better_than(before, by):
+            self._save_model(step)
+        # Behind the model: a score that is known must have its model.
+        self._state.dev[step] = found
+        self._keep_state()
+        self._guard.beat()
+
+    def _save_model(self, step: int) -> None:
+        note = {"step": step, "weights_sha256": self._engine.digest(), "base_model": self._plan.config.model.path}
+        with self._guard.patience():
+            self._engine.save_pretrained(self._path / "model", self._loaded.tokenizer, note)
+
+    def _keep_state(self) -> None:
+        if self._run_dir is not None:
+            now = time.perf_counter()
+            self._state.seconds, self._started = self._state.seconds + now - self._started, now
+            self._run_dir.write("state.json", self._state.to_json())
+
+    def _return_to(self, step: int) -> None:
+        """Go back to the weights after so many steps: from the kept model, else by replay."""
+        there = step == self._engine.steps_done
+        kept = self._kept_step() == step or not self._plan.config.output.save_model
+        flags = self._channel.all_gather(torch.tensor([there or kept, kept]))
+        everybody = all(bool(has) for has, _ in flags)
+        if not there:
+            log.info("%s", f"back to the best model on the dev set, after step {step}")
+        with self._guard.patience():
+            if not everybody:
+                raw = self._channel.broadcast(self._journal_until(step))
+                if not (there or kept):
+                    self._engine.load_weights(self._replayed(raw))
+            if not there and kept:
+                self._engine.load_weights(read_weights(self._path / "model"))
+        if not bool(flags[0][1]):
+            self._save_model(step)
+
+    def _kept_step(self) -> int | None:
+        try:
+            return int(json.loads((self._path / "model" / NOTE).read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _journal_until(self, step: int) -> bytes:
+        if self._run_dir is None:
+            return b""
+        return to_bytes(read_journal(self._path / JOURNAL), 0, step)
+
+    def _replayed(self, raw: bytes) -> dict[str, Tensor]:
+        loaded = load_model(self._plan.config.model, len(self._plan.task.label_words))
+        infos = trainable_parameters(loaded.module)
+        tensors = {info.name: parameter.data.contiguous() for parameter, info in infos.items()}
+        replay_(tensors, from_bytes(raw, "journal"))
+        return tensors

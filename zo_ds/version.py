@@ -1,0 +1,3 @@
+"""The version of the program, for those who may not import the whole package."""
+
+VERSION = "0.1.0"
