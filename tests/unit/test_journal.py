@@ -408,8 +408,10 @@ GOOD = (0, 2, 1, 0.1, 2.25, 0.125, 0, 0.5, -1.5)
         ((*GOOD[:7], 2.5, 0.0), "beyond the cap"),
         ((*GOOD[:7], -2.5, 0.0), "beyond the cap"),
         ((*GOOD[:7], math.nan, 0.0), "beyond the cap"),
-        ((*GOOD[:3], math.nan, *GOOD[4:]), "beyond the cap"),
-        ((*GOOD[:3], math.inf, *GOOD[4:]), "beyond the cap"),
+        ((*GOOD[:3], math.nan, *GOOD[4:]), "not between 0 and 1"),
+        ((*GOOD[:3], -0.5, *GOOD[4:]), "not between 0 and 1"),
+        ((*GOOD[:3], 1.5, *GOOD[4:]), "not between 0 and 1"),
+        ((*GOOD[:3], math.inf, *GOOD[4:]), "not between 0 and 1"),
     ],
 )
 def test_malformed_record_with_a_right_checksum(record: tuple[Any, ...], why: str) -> None:

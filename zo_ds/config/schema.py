@@ -120,6 +120,10 @@ class ZerothOrderConfig(Section):
                 f"num_directions is {self.num_directions}: fzoo divides by the spread of N losses, and with N < 4 the "
                 "expected step is infinite; use 4 or more (8 is the default), or estimator: mezo"
             )
+        if self.lr * self.weight_decay > 1:
+            raise ValueError(
+                f"lr * weight_decay is {self.lr * self.weight_decay:g}: every step would turn the weights over"
+            )
         if self.eps_schedule is not Schedule.CONSTANT and self.final_ratio == 0:
             raise ValueError("final_ratio is 0: eps would end at 0; set final_ratio above 0 or eps_schedule: constant")
         return self

@@ -13,7 +13,7 @@ from zo_ds.errors import MachineError
 from zo_ds.journal.history import Stretch
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import StepRecord
-from zo_ds.journal.snapshot import SnapshotInfo
+from zo_ds.journal.snapshot import SnapshotInfo, folder_of
 from zo_ds.parallel.channel import Channel, agree
 from zo_ds.stores.base import WeightStore
 
@@ -111,6 +111,11 @@ class Durability:
             return
         self._replay_s = 0.0
         self._take_note(self._writer.finish())
+        if (
+            self._newest is not None
+            and self._newest.name == folder_of(self._newest.parent, self.journal.next_step).name
+        ):
+            return
         before = self.journal.header
         try:
             self.journal.rotate()

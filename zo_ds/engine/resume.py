@@ -47,12 +47,14 @@ class Resumed:
         snapshot: the one that it went on from, None for the base model.
         replayed: steps that were replayed on this rank.
         seconds: that the replay took.
+        changed: constants of the estimator that are others from this step on.
     """
 
     step: int
     snapshot: Path | None
     replayed: int
     seconds: float
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) ->
     if plan.resumed:
         start, history = _tell(engine, run_dir, plan, found[1] if found else None)
         resumed, stretches = _catch_up(engine, start, history, options)
+        resumed = replace(resumed, changed=tuple(plan.changed))
         engine.went_on(plan.end, [SkipReason(reason) for reason in plan.skips])
     state = struct.pack("<Qq", engine.store.state_hash(), engine.steps_done)
     agree(engine.channel, state, f"the weights after step {plan.end}")
@@ -145,6 +148,7 @@ class _Plan:
         resumed: there is a run to go on with.
         step, snapshot, end: see `Start`.
         skips: why the last steps before `end` were skipped, if they were.
+        changed: see `Resumed`.
     """
 
     resumed: bool = False
@@ -152,19 +156,20 @@ class _Plan:
     snapshot: str | None = None
     end: int = 0
     skips: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 def _find(engine: ZOEngine, run_dir: Path, base: str, options: Options) -> tuple[_Plan, History | None]:
     if not any((run_dir / JOURNAL).glob("*.zoj")):
         return _Plan(), None
     history = read_journal(run_dir / JOURNAL)
-    _check_identity(history, _header(engine, base, options), options)
+    changed = _check_identity(history, _header(engine, base, options), options)
     start = choose_start(history, run_dir / SNAPSHOTS, options.warn)
     for problem in () if history.whole else history.problems:
         options.warn(f"the journal is damaged: {problem}; going on from what is sound, step {start.end}")
     snapshot = str(start.snapshot.absolute()) if start.snapshot else None
     skips = tuple(reason.value for reason in history.skips_before(start.end))
-    return _Plan(True, start.step, snapshot, start.end, skips), history
+    return _Plan(True, start.step, snapshot, start.end, skips, changed), history
 
 
 def _tell(engine: ZOEngine, run_dir: Path, plan: _Plan, history: History | None) -> tuple[Start, History]:
@@ -251,7 +256,7 @@ def _header(engine: ZOEngine, base: str, options: Options) -> Header:
     )
 
 
-def _check_identity(history: History, header: Header, options: Options) -> None:
+def _check_identity(history: History, header: Header, options: Options) -> tuple[str, ...]:
     run = history.segments[-1].header
     if run.base_sha256 != header.base_sha256 or run.parameters != header.parameters:
         names = {p.name for p in run.parameters} ^ {p.name for p in header.parameters}
@@ -261,11 +266,13 @@ def _check_identity(history: History, header: Header, options: Options) -> None:
             why=f"trained parameters that differ: {', '.join(sorted(names)[:3]) or 'their values or shapes'}",
             remedy="give the same model, dtype and revision (see resolved.yaml), or choose another run_dir",
         )
-    changed = {key: (value, header.maths()[key]) for key, value in run.maths().items() if value != header.maths()[key]}
+    now = header.maths()
+    changed = tuple(f"{key}: {value} -> {now[key]}" for key, value in run.maths().items() if value != now[key])
     if changed and not options.fork:
         raise ConfigError(
             "the run in this directory was made with other mathematics",
             where=str(history.path),
-            why="; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items()),
+            why="; ".join(changed),
             remedy="undo the change, choose another run_dir, or continue with it on purpose: resume=fork",
         )
+    return changed

@@ -7,7 +7,6 @@ if the checksums continue to it.
 from __future__ import annotations
 
 import json
-import math
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -84,7 +83,9 @@ def encode_record(record: StepRecord, header: Header, chain: int) -> tuple[bytes
         raise ValueError(f"step {record.step} names directions that a record of this journal has no room for")
     if len(coefficients) > header.slots or (record.skip is not None and coefficients):
         raise ValueError(f"step {record.step} has {len(coefficients)} coefficients, more than its record may hold")
-    _check_bounds(record.step, coefficients, record.update.decay, header, ValueError)
+    beyond = _out_of_bounds(coefficients, record.update.decay, header)
+    if beyond is not None:
+        raise ValueError(f"step {record.step}: {beyond}")
     flags = (_APPLIED if record.skip is None else 0) | (_HASHED if record.state_hash is not None else 0)
     flags |= _SKIPS.index(record.skip) << _SKIP_SHIFT
     raw = _FIELDS.pack(
@@ -142,7 +143,9 @@ def _decode_record(raw: bytes, header: Header, step: int, chain: int) -> tuple[S
     reason = flags >> _SKIP_SHIFT
     if reason >= len(_SKIPS) or bool(flags & _APPLIED) == bool(reason) or count > header.slots:
         raise DamageError(f"the flags {flags:#06x} or the count {count} mean nothing")
-    _check_bounds(step, coefficients, decay, header, DamageError)
+    beyond = _out_of_bounds(coefficients, decay, header)
+    if beyond is not None:
+        raise DamageError(beyond)
     if (reason and count) or any(coefficients[count:]) or flags & 0xFC or (state_hash and not flags & _HASHED):
         raise DamageError("a field that must be zero is not")
     update = Update(step, terms_of(step, coefficients[:count], header.num_directions), decay)
@@ -150,11 +153,15 @@ def _decode_record(raw: bytes, header: Header, step: int, chain: int) -> tuple[S
     return StepRecord(update, _SKIPS[reason], clean_loss, spread, hashed), chain
 
 
-def _check_bounds(step: int, coefficients: list[float], decay: float, header: Header, kind: type[ValueError]) -> None:
+def _out_of_bounds(coefficients: list[float], decay: float, header: Header) -> str | None:
+    """What is beyond what a step may do to the weights, if anything."""
     # In fp32, as the estimator compares them: the cap itself may round up.
     (cap,) = struct.unpack("<f", struct.pack("<f", header.coefficient_cap))
-    if not all(abs(c) <= cap for c in coefficients) or not math.isfinite(decay):
-        raise kind(f"step {step}: a coefficient is beyond the cap {header.coefficient_cap:g}, or not finite")
+    if not all(abs(c) <= cap for c in coefficients):
+        return f"a coefficient is beyond the cap {header.coefficient_cap:g}, or not finite"
+    if not 0.0 <= decay <= 1.0:
+        return f"the decay {decay:g} is not between 0 and 1"
+    return None
 
 
 def decode_segments(raw: bytes) -> list[Segment]:

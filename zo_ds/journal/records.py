@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,8 +129,13 @@ class Header:
             tree["first_step"],
             tree["chain"],
         )
-        if header.num_directions < 1 or header.window < 1 or min(header.segment, header.first_step) < 0:
-            raise ValueError("a count in the header is out of range")
+        if (
+            not 0 < header.coefficient_cap < math.inf
+            or header.num_directions < 1
+            or header.window < 1
+            or min(header.segment, header.first_step) < 0
+        ):
+            raise ValueError("a number in the header is out of range")
         return header
 
 

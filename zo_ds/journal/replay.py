@@ -74,7 +74,7 @@ def replay_(
         history: the journal.
         steps: how many steps of the run the weights shall have seen; None for all.
         first: how many they have seen: 0 for base weights, which are then checked, or a snapshot's step.
-        hash_at: steps before which the weights are hashed.
+        hash_at: steps before which the weights are hashed; the one after the last counts too.
         progress: called with the name of each finished parameter.
 
     Raises:
@@ -96,6 +96,8 @@ def replay_(
             if leg.hash_step is not None:
                 hashes[leg.hash_step] += ops.state_hash(tensor, info.site(leg.noise))
             ops.apply_([tensor], [info.site(leg.noise)], leg.plan)
+        if steps in hash_at:
+            hashes[steps] = hashes.get(steps, 0) + ops.state_hash(tensor, info.site(header.noise))
         if progress is not None:
             progress(info.name)
     digest = weights_sha256((info.name, tensors[info.name]) for info in header.parameters)

@@ -195,10 +195,19 @@ def audit_run(run: Path) -> dict[str, Any]:
     result = read_result(run)
     config = load_config(run / "resolved.yaml")
     history = read_journal(run / JOURNAL)
-    problems = list(history.problems)
+    problems = [] if history.whole else list(history.problems)
     records = history.records()
     taken = {record.step: record.state_hash for record in records if record.state_hash is not None}
-    built = rebuild(config.model, len(config.task.label_words or ()), history, len(records), hash_at=taken.keys())
+    saved = {}
+    for folder in committed(run / SNAPSHOTS):
+        try:
+            saved[folder] = verify(folder)
+        except CorruptRunError as error:
+            problems.append(f"{error.where}: {error.why}")
+    within = {info.step for info in saved.values() if info.step <= len(records)}
+    built = rebuild(
+        config.model, len(config.task.label_words or ()), history, len(records), hash_at=taken.keys() | within
+    )
     wrong = [step for step, value in taken.items() if built.replayed.hashes[step] != value]
     if wrong:
         problems.append(
@@ -208,11 +217,11 @@ def audit_run(run: Path) -> dict[str, Any]:
     ended_here = result is not None and result["best_step"] == len(records)
     if ended_here and result is not None and built.replayed.weights_sha256 != result["weights_sha256"]:
         problems.append("the replayed weights are not those in result.json")
-    for folder in committed(run / SNAPSHOTS):
-        try:
-            verify(folder)
-        except CorruptRunError as error:
-            problems.append(f"{error.where}: {error.why}")
+    problems += [
+        f"{folder}: its weights are not those that the journal leads to"
+        for folder, info in saved.items()
+        if built.replayed.hashes.get(info.step, info.state_hash) != info.state_hash
+    ]
     return {"steps": len(records), "hashes": len(taken), "problems": problems}
 
 

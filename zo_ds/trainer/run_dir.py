@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ class RunDir:
     def write_json(self, name: str, tree: dict[str, Any]) -> None:
         """Write a JSON file atomically."""
         self.write(name, json.dumps(tree, indent=2) + "\n")
+
+    def retire_result(self) -> None:
+        """Keep the result of a shorter run under another name: its model is going to be replaced."""
+        result = read_result(self.path) if (self.path / "resolved.yaml").is_file() else None
+        if result is not None:
+            os.replace(self.path / "result.json", self.path / f"result-{result['steps']}.json")
 
     def state(self) -> RunState | None:
         """What earlier lives of the run found out; None if it was not kept.

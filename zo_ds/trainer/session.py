@@ -76,6 +76,7 @@ class Session:
 
     def fork(self, step: int, changed: list[str]) -> None:
         """Note that the mathematics is another from this step on."""
+        self._state.forks = [fork for fork in self._state.forks if fork["step"] < step]
         forwards = self._state.forwards(step, self._forwards_per_step())
         self._state.forks.append({"step": step, "forwards": forwards, "changes": changed})
         self._keep_state()

@@ -88,7 +88,7 @@ def apply_journal(file: Path, model: str | None, save_to: Path | None) -> dict[s
         ConfigError: the file does not say which model, or its coefficients could be larger than is believed.
     """
     history = read_history(file)
-    if not history.whole or history.steps != history.segments[-1].end_step:
+    if history.problems or history.steps != history.segments[-1].end_step:
         raise history.damage(history.steps)
     caps = [segment.header.coefficient_cap for segment in history.segments]
     if max(caps) > MAX_COEFFICIENT or history.steps > MAX_STEPS:

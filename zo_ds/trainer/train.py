@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,34 +85,50 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
             raise
         start_logging(channel.rank, opening.path)
         _announce(plan, channel, threads, opening, compiled)
+
+        def explain() -> None:
+            if run_dir is not None:
+                run_dir.explain(given, overrides, plan.resolved(threads, opening.path), plan.deepspeed)
+                run_dir.write_json("env.json", describe(channel.world_size, threads))
+
         if run_dir is not None:
-            run_dir.explain(given, overrides, plan.resolved(threads, opening.path), plan.deepspeed)
-            run_dir.write_json("env.json", describe(channel.world_size, threads))
+            run_dir.retire_result()
             run_dir.write("state.json", opening.state.to_json())
-        _logged(plan, loaded, scorer, channel, run_dir, opening, started, launched)
+        if not opening.forked:
+            explain()
+        job = _Job(plan, loaded, scorer, channel, run_dir, opening, launched, started, explain)
+        try:
+            result = _run(job)
+            if run_dir is not None:
+                run_dir.write_json("result.json", result)
+        except Exception as error:
+            log.error("%s", error)
+            raise
     finally:
         if run_dir is not None:
             run_dir.close()
     return opening.path if channel.rank == 0 else None
 
 
-def _logged(
-    plan: Plan,
-    loaded: LoadedModel,
-    scorer: Scorer,
-    channel: Channel,
-    run_dir: RunDir | None,
-    opening: _Opening,
-    started: float,
-    launched: bool,
-) -> None:
-    try:
-        result = _run(plan, loaded, scorer, channel, run_dir, opening, started, launched)
-        if run_dir is not None:
-            run_dir.write_json("result.json", result)
-    except Exception as error:
-        log.error("%s", error)
-        raise
+@dataclass(frozen=True)
+class _Job:
+    """What a run is put together from.
+
+    Attributes:
+        launched: the parent is a launcher.
+        started: when this process began, by the performance counter.
+        explain: writes recipe and environment into the run directory.
+    """
+
+    plan: Plan
+    loaded: LoadedModel
+    scorer: Scorer
+    channel: Channel
+    run_dir: RunDir | None
+    opening: _Opening
+    launched: bool
+    started: float
+    explain: Callable[[], None]
 
 
 def _open(plan: Plan, threads: int, channel: Channel) -> tuple[RunDir | None, _Opening]:
@@ -179,7 +195,7 @@ def _look(run_dir: RunDir, plan: Plan, resolved: dict[str, Any]) -> tuple[RunSta
 
 
 def _finished(path: Path, steps: int) -> bool:
-    result = read_result(path)
+    result = read_result(path) if (path / "resolved.yaml").is_file() else None
     return result is not None and result["steps"] >= steps
 
 
@@ -195,17 +211,9 @@ def _announce(plan: Plan, channel: Channel, threads: int, opening: _Opening, com
     log.info("%s", f"run directory {opening.path}{'' if opening.fresh else ' (going on)'}")
 
 
-def _run(
-    plan: Plan,
-    loaded: LoadedModel,
-    scorer: Scorer,
-    channel: Channel,
-    run_dir: RunDir | None,
-    opening: _Opening,
-    started: float,
-    launched: bool,
-) -> dict[str, Any]:
-    config, path, state = plan.config, opening.path, opening.state
+def _run(job: _Job) -> dict[str, Any]:
+    plan, loaded, scorer, channel, run_dir = job.plan, job.loaded, job.scorer, job.channel, job.run_dir
+    config, path, state = plan.config, job.opening.path, job.opening.state
     log.info(
         "%s",
         f"model {config.model.path} ({sum(p.numel() for p in loaded.module.parameters()) / 1e6:.1f} M parameters, "
@@ -220,19 +228,22 @@ def _run(
     agree(channel, f"{plan.fingerprint()} {engine.digest()}".encode(), "the recipe, the data or the base weights")
     limits = (config.parallel.hang_s, config.parallel.timeout_s)
     log_file = path / log_name(channel.rank)
-    with Guard(local_peers(channel), *limits, launched=launched, stacks=log_file) as guard:
+    with Guard(local_peers(channel), *limits, launched=job.launched, stacks=log_file) as guard:
         engine.stop_when(lambda: guard.stop_requested)
         session = Session(plan, channel, engine, loaded, scorer, run_dir, path, state, guard)
         try:
             session.score_base()
-            set_up = time.perf_counter() - started
+            set_up = time.perf_counter() - job.started
             begun = time.perf_counter()
-            resumed = open_run(engine, path, _options(plan, loaded, session, bool(opening.forked)))
+            resumed = open_run(engine, path, _options(plan, loaded, session))
             opened = time.perf_counter() - begun
             _say_where(resumed)
             state.forget_after(resumed.step)
-            if opening.forked:
-                session.fork(resumed.step, opening.forked)
+            forked = job.opening.forked or list(resumed.changed)
+            if forked:
+                # The old recipe stays until the fork is on record, so that a kill in between changes nothing.
+                session.fork(resumed.step, forked)
+                job.explain()
             shown = path if run_dir is not None else None
             with Progress(
                 shown, config.training.steps, tensorboard=config.output.tensorboard, steps_done=resumed.step
@@ -251,13 +262,13 @@ def _run(
     return result
 
 
-def _options(plan: Plan, loaded: LoadedModel, session: Session, fork: bool) -> Options:
+def _options(plan: Plan, loaded: LoadedModel, session: Session) -> Options:
     model = plan.config.model
     return Options(
         settings=plan.config.journal,
         total_steps=plan.config.training.steps,
         base_model={**model.model_dump(mode="json"), "classes": len(plan.task.label_words)},
-        fork=fork,
+        fork=plan.config.resume == "fork",
         extras=lambda folder: write_extras(session.store, loaded.tokenizer, folder),
         warn=lambda text: log.warning("%s", text),
     )
