@@ -18,6 +18,8 @@ stopping=""
 # Everything the launcher started, whatever has become of the launcher.
 sweep() { [ -z "$job" ] || kill -KILL -- "-$job" 2>/dev/null; }
 stop() { stopping=yes; [ -z "$job" ] || kill -TERM -- "-$job" 2>/dev/null; }
+# The deepspeed command dies at once; its ranks finish their step.
+drain() { for _ in $(seq 250); do kill -0 -- "-$job" 2>/dev/null || return; sleep 0.1; done; }
 trap stop TERM INT
 trap sweep EXIT
 
@@ -34,6 +36,7 @@ while :; do
   done
   # The deepspeed command ends with 0 when its helper process was killed; then the ranks are still there.
   [ "$code" -ne 0 ] || ! kill -0 -- "-$job" 2>/dev/null || code=137
+  [ -z "$stopping" ] || drain
   sweep
   job=""
   lived=$((SECONDS - started))

@@ -8,10 +8,14 @@ Afterwards the run is ended at the step it has reached, and the same recipe is r
 
     faults, recovered   a fault is recovered when the job was started again and takes steps (a full disk: takes steps)
     hash_equal          weights_sha256 and every record are those of the run without faults
-    goodput             seconds of steps that are part of the final run / (wall time - process start), where process
-                        start is from the launch of the command until the run directory is opened (interpreter,
-                        imports, rendezvous, model, DeepSpeed), and everything else counts as lost: noticing, pauses,
-                        checking, replaying, steps that were lost
+    goodput             seconds of training that is part of the final run / (wall time - process start). Training is
+                        the time from one step to the next of the same process; process start is from the moment
+                        that the last rank of the life before is gone until the run directory is opened (the launcher's
+                        end, the supervisor's pause, interpreter, imports, rendezvous, model, DeepSpeed); everything
+                        else counts as lost: noticing, checking, replaying, lost steps
+    goodput_launcher_end_counted_as_lost
+                        the same, but the launcher's end (it looks after its ranks once a second) and the pause count
+                        as lost, too
 
 The disk that fills up is a tmpfs, which needs root; without it that fault is left out, and said so.
 """
@@ -58,6 +62,7 @@ class Job:
         command: that starts it.
         process: the supervisor.
         launches: when the command was started.
+        deaths: when the last rank of a life was gone.
     """
 
     folder: Path
@@ -65,6 +70,7 @@ class Job:
     command: list[str]
     process: subprocess.Popen[str] | None = None
     launches: list[float] = field(default_factory=list)
+    deaths: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the supervisor."""
@@ -125,9 +131,11 @@ class Job:
         """Whether a step is reported that was taken after some time, within our patience."""
         return self._wait(lambda: self.latest()[1] > since)
 
-    def wait_for_launch(self, number: int) -> bool:
-        """Whether the command is started so many times, within our patience."""
-        return self._wait(lambda: len(self.launches) >= number)
+    def wait_for_launch(self, number: int, ranks: list[psutil.Process]) -> bool:
+        """Whether these ranks go and the command is started so many times, within our patience."""
+        gone = self._wait(lambda: all(_is_gone(rank) for rank in ranks))
+        self.deaths.append(time.time())
+        return gone and self._wait(lambda: len(self.launches) >= number)
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + PATIENCE_S
@@ -137,12 +145,19 @@ class Job:
                 return False
             if condition():
                 return True
-            time.sleep(0.05)
+            time.sleep(0.02)
         return False
 
     def newest_segment(self) -> Path:
         """File of the journal that is written to."""
         return max((self.run / "journal").glob("*.zoj"))
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return True
 
 
 def kill(job: Job, rng: random.Random, rank: int | None = None) -> str:
@@ -231,8 +246,9 @@ def torment(job: Job, minutes: float, every: float, kinds: list[str], seed: int)
         time.sleep(every)
         queue = queue or rng.sample(kinds, len(kinds))
         kind, step, lives, struck = queue.pop(), job.latest()[0], len(job.launches), time.time()
+        ranks = list(job.ranks().values())
         detail = FAULTS[kind](job, rng)
-        again = kind == "disk_full" or job.wait_for_launch(lives + 1)
+        again = kind == "disk_full" or job.wait_for_launch(lives + 1, ranks)
         recovered = again and job.wait_for_step(time.time() if kind == "disk_full" else job.launches[-1])
         faults.append({"kind": kind, "detail": detail, "recovered": recovered, "step": step})
         left = max(0.0, end - time.time())
@@ -250,15 +266,27 @@ def goodput(job: Job, first: float, last: float) -> dict[str, float]:
     """Share of the time, process start left out, that went into steps of the final run."""
     rows = job.rows()
     starts = [row for row in rows if row["kind"] == "start"]
-    useful = sum(row.get("seconds", 0.0) for row in rows if row["kind"] == "train" and row["time"] <= last)
-    start_s = 0.0
+    useful, before = 0.0, 0.0
+    for row in (row for row in rows if row["time"] <= last):
+        if row["kind"] == "train":
+            useful += row["time"] - before if before else row.get("seconds", 0.0)
+        before = row["time"] if row["kind"] == "train" else 0.0
+    start_s = ended_s = 0.0
     for launch in job.launches:
         opened = [row["time"] - row["open_s"] for row in starts if row["time"] > launch]
         later = [other for other in job.launches if other > launch]
         # A life that was struck before it opened the run is process start as a whole.
         start_s += min([*opened, *later, last]) - launch
+        ended_s += launch - max((death for death in job.deaths if death <= launch), default=launch)
     wall = last - first
-    return {"useful_s": useful, "wall_s": wall, "process_start_s": start_s, "goodput": useful / (wall - start_s)}
+    return {
+        "useful_s": useful,
+        "wall_s": wall,
+        "process_start_s": start_s,
+        "launcher_end_s": ended_s,
+        "goodput": useful / (wall - start_s - ended_s),
+        "goodput_launcher_end_counted_as_lost": useful / (wall - start_s),
+    }
 
 
 def reference(folder: Path, run: Path, steps: int) -> dict[str, Any]:
@@ -327,7 +355,7 @@ def measure(folder: Path, run: Path, own_disk: bool, options: argparse.Namespace
         folder,
         zeroth_order={"lr": 2e-5, "num_directions": 4, "strict": True},
         training={"steps": MANY_STEPS, "batch_size": 8, "micro_batch_size": 2, "eval_every": None},
-        parallel={"threads": 1, "timeout_s": 120, "hang_s": 2},
+        parallel={"threads": 1, "timeout_s": 120, "hang_s": 1},
         journal={"snapshot_replay_s": 0.1, "hash_every": 10},
     )
     launcher = [str(jobs.BIN / "deepspeed"), "-q", "--num_accelerators", str(options.ranks)]
@@ -345,6 +373,7 @@ def measure(folder: Path, run: Path, own_disk: bool, options: argparse.Namespace
     finally:
         job.process.send_signal(signal.SIGTERM)
         code = job.process.wait(timeout=60)
+    time.sleep(1.0)
     left = sorted(job.ranks())
     found = goodput(job, first, last)
     steps = jobs.steps_of(run)

@@ -175,11 +175,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a zo_ds error ends the process with its own exit code and its message on stderr."""
-    rank = os.environ.get("RANK", "0")
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         app(args=arguments)
     except ZODSError as error:
         print(f"zo_ds{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        if ranks != "1":
+            # The others wait for this rank to be gone; tearing down what talks to dead peers takes a second, or hangs.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
 
 

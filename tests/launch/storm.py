@@ -215,7 +215,7 @@ class Storm:
     lost: int = 0
     bits: int = 0
     problems: list[str] = field(default_factory=list)
-    when: Counter[str] = field(default_factory=Counter)
+    when: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WHEN, 0))
 
 
 def storm(
