@@ -57,9 +57,8 @@ def main() -> int:
     print(f"{found.bits} bits different")
     print(f"{seconds:.0f} seconds")
     print(f"the runs that went wrong are in {folder}" if wrong else "nothing is wrong")
-    tree = {**asdict(found), "when": dict(found.when), "kills_asked": options.kills, "seed": options.seed}
-    tree["seconds"] = round(seconds, 1)
-    write_json(options.json, {**tree, "environment": describe(1, 1)})
+    tree = {**asdict(found), "seed": options.seed, "seconds": round(seconds, 1), "environment": describe(1, 1)}
+    write_json(options.json, tree)
     return int(wrong)
 
 

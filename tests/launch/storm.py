@@ -8,7 +8,6 @@ import re
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +30,8 @@ _STEP = re.compile(r"^step +(\d+)/\d+ \| loss (\S+) \|", re.MULTILINE)
 _TIMES = {"wall_s", "starts", "peak_rss_gib"}
 _MEASURED = ("step", "loss", "spread", "coefficient_rms", "lr", "eps", "skip")
 _LIFE_S, _KILLED = 120.0, -9
+WHEN = ("before", "in", "behind")
+"""Where in a run a kill fell: the first step was not durable yet, steps were being taken, all were durable."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Storm:
         lost: steps that had been durable.
         bits: of kept models that differ from those of undisturbed runs.
         problems: all that is wrong, in words.
-        when: how many kills fell before the first step, in training, and behind the last step.
+        when: how many kills fell where, see `WHEN`.
     """
 
     kills: int = 0
@@ -275,10 +276,8 @@ def _kill(
                 if code == _KILLED:
                     done += 1
                     found.kills += 1
-                    steps = len(watch.records)
-                    found.when[
-                        "before" if not steps else "in" if steps < len(job.expected["records"]) else "behind"
-                    ] += 1
+                    steps, total = len(watch.records), len(job.expected["records"])
+                    found.when[WHEN[bool(steps) + (steps == total)]] += 1
                     progress(found)
         runs += 1
         wrong = _judge(job, home, watch, code)

@@ -170,7 +170,7 @@ def test_kills_at_random_moments(zygotes: list[Zygote], long: list[Job], tmp_pat
     found = storm(zygotes, long, tmp_path, KILLS, seed=0)
     assert (found.kills, found.lost, found.bits) == (KILLS, 0, 0)
     assert found.problems == []
-    assert set(found.when) == {"before", "in", "behind"}
+    assert all(found.when.values()), found.when
 
 
 @pytest.mark.parametrize("point", FIRST_LIFE, ids=str)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.launch import jobs
 from tests.launch.zygote import Start, Zygote
-from zo_ds.journal import binary
 from zo_ds.journal.binary import encode_header, encode_record
 from zo_ds.journal.history import read_journal
 from zo_ds.journal.records import StepRecord
