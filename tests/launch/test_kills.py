@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,20 @@ def test_the_snapshot_that_a_run_goes_on_from_is_left_alone(zygote: Zygote, shor
     end = Point(f"{SNAPSHOT}.write_atomically", after=True, about="step-00000003/COMMIT")
     assert zygote.run(short[0].start(tmp_path, pause=(pause, 4), crash=(end, 1))) == -signal.SIGKILL
     assert_as_if_nothing_had_happened(zygote, short[0], tmp_path, Watch(tmp_path))
+
+
+def test_a_first_snapshot_that_fails_does_not_stop_a_run(zygote: Zygote, short: list[Job], tmp_path: Path) -> None:
+    """The run goes on where a snapshot is due, the disk refuses that one, and an audit follows."""
+    job, refused = short[0], tmp_path / "run" / "snapshots" / ".step-00000006.tmp"
+    start = job.start(tmp_path, crash=(Point("zo_ds.engine.durability.Durability.state_hash"), 7))
+    start = replace(start, arguments=[*start.arguments, "journal.audit_every=4"])
+    assert zygote.run(start) == -signal.SIGKILL
+    refused.touch()
+    code = zygote.run(replace(start, crash=None))
+    assert "no snapshot: File exists" in (tmp_path / "out.txt").read_text()
+    assert code == 0, (tmp_path / "err.txt").read_text()[-300:]
+    refused.unlink()
+    assert differences(job, tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("function", SYSTEM)

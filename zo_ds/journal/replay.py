@@ -50,7 +50,7 @@ class Replayed:
 
 def legs(stretches: Sequence[Stretch], hash_at: Collection[int] = ()) -> Iterator[Leg]:
     """Cut a history where its noise changes and where the weights are to be hashed."""
-    for stretch in stretches:
+    for stretch in (stretch for stretch in stretches if stretch.records):
         cuts = [n for n, record in enumerate(stretch.records) if n == 0 or record.step in hash_at]
         for start, stop in zip(cuts, [*cuts[1:], len(stretch.records)], strict=True):
             records = stretch.records[start:stop]
