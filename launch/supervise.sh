@@ -2,7 +2,7 @@
 # Run a job and start it again when that can help: the same command goes on from the last durable step.
 #   bash launch/supervise.sh [--restarts N] [--] COMMAND ...
 #   bash launch/supervise.sh deepspeed launch/finetune.py --config configs/quickstart.yaml output.run_dir=runs/mine
-# Started again: killed ranks (any signal), dead or hung peers (7, 8), a job that was asked to stop from outside (75).
+# Started again: killed ranks (any signal), dead or hung peers (7, 8), ranks that were asked to stop from outside (75).
 # Not started again: refused input (2, 3), a machine that lacks something (4), steps that cannot be taken (5), a damaged
 # run (6), and what fails N times in a row (default 10) within 20 s each. The first time there is no pause, then 1 s, 2 s, ...
 # SIGTERM and SIGINT to this script stop the job, which finishes its step, and end it with 75.

@@ -159,3 +159,26 @@ def test_directory_in_use_and_kill_in_the_middle(tmp_path: Path) -> None:
     done = jobs.zo_ds(tmp_path, "replay", "run")
     assert done.code == 0, done.err
     assert json.loads(done.out)["steps"] >= 11
+
+
+def test_a_model_that_was_damaged_is_rebuilt_and_fewer_steps_are_refused(tmp_path: Path) -> None:
+    recipe = jobs.make_recipe(tmp_path, zeroth_order={"lr": 0.05})
+    whole = jobs.zo_ds(tmp_path, "train", recipe, "output.run_dir=run", "training.steps=8")
+    assert whole.code == 0, whole.err
+    fewer = jobs.zo_ds(tmp_path, "train", recipe, "output.run_dir=run", "training.steps=4", "journal.hash_every=5")
+    assert fewer.code == 0, "a finished run of more steps is finished"
+    (tmp_path / "run" / "result.json").unlink()
+    fewer = jobs.zo_ds(tmp_path, "train", recipe, "output.run_dir=run", "training.steps=4")
+    assert fewer.code == 2
+    assert "the run has 8 steps already" in fewer.err
+    model = tmp_path / "run" / "model" / "model.safetensors"
+    raw = bytearray(model.read_bytes())
+    raw[-9] ^= 1
+    model.write_bytes(raw)
+    again = jobs.zo_ds(tmp_path, "train", recipe, "output.run_dir=run", "training.steps=8")
+    assert again.code == 0, again.err
+    kept = json.loads((tmp_path / "run" / "model" / "zo_ds.json").read_text())
+    assert kept["weights_sha256"] == jobs.result(tmp_path / "run")["weights_sha256"]
+    assert jobs.zo_ds(tmp_path, "replay", "run").code == 0
+    found = json.loads(jobs.zo_ds(tmp_path, "eval", "run").out)
+    assert found["weights_sha256"] == kept["weights_sha256"]

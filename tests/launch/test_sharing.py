@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.launch import jobs
 from tests.launch.zygote import Start, Zygote
-from zo_ds.journal.binary import encode_header, encode_record
+from zo_ds.journal.binary import decode_segments, encode_header, encode_record, record_size
 from zo_ds.journal.history import read_journal
 from zo_ds.journal.records import StepRecord
 
@@ -118,7 +118,9 @@ def test_journal_as_lines(zo_ds: Call, folder: Path, shared: Path) -> None:
     assert [line["step"] for line in steps if line["state_hash"]] == [0, 5, 10, 15]
     head, *rest = (json.loads(line) for line in zo_ds("journal", shared).out.splitlines())
     assert rest == steps[: jobs.result(folder / "run")["best_step"]]
-    assert head == {**lines[0], "zo_ds": head["zo_ds"]}
+    result = jobs.result(folder / "run")
+    promise = {"steps": result["best_step"], "weights_sha256": result["weights_sha256"]}
+    assert head == {**lines[0], "zo_ds": head["zo_ds"], "shared": promise}
 
 
 def test_damage_is_the_last_line_of_a_journal(zo_ds: Call, folder: Path, tmp_path: Path) -> None:
@@ -303,6 +305,16 @@ def test_a_file_that_is_not_whole_is_refused(
     done = zo_ds("apply", tmp_path / "f")
     assert done.code == 6
     assert "cannot be read at step" in done.err
+
+
+def test_a_file_that_lost_its_last_steps_is_refused(zo_ds: Call, shared: Path, tmp_path: Path) -> None:
+    (segment,) = decode_segments(shared.read_bytes())
+    size = record_size(segment.header)
+    (tmp_path / "f").write_bytes(shared.read_bytes()[: -2 * size])
+    done = zo_ds("apply", tmp_path / "f")
+    assert done.code == 6
+    steps = len(segment.records)
+    assert f"the file has {steps - 2} of its {steps} steps" in done.err
 
 
 def test_export_where_nothing_can_be_written(zo_ds: Call, folder: Path) -> None:

@@ -660,3 +660,37 @@ def test_ranks_count_skips_alike_whatever_they_start_from(tmp_path: Path, monkey
         engine.step([bad])
 
     assert [type(error) for error in on_ranks(2, work)] == [NonFiniteError, NonFiniteError]
+
+
+def test_no_step_is_recorded_on_weights_that_were_put_there(tmp_path: Path) -> None:
+    engine = open_engine(run_dir=tmp_path)
+    walk(engine, 2)
+    engine.load_weights(weights_of(open_engine(seed=1)))
+    with pytest.raises(ConfigError, match="the weights were replaced"):
+        walk(engine, 3)
+    assert len(read_journal(tmp_path / "journal").records()) == 2
+
+
+def test_whatever_goes_wrong_with_a_snapshot_training_goes_on(tmp_path: Path) -> None:
+    engine, said = open_engine(), list[str]()
+
+    def refuse(folder: Path) -> None:
+        raise ValueError("generation_config is invalid")
+
+    open_run(engine, tmp_path, Options(ALWAYS, extras=refuse, warn=said.append))
+    assert walk(engine, 4) == digests()[4]
+    engine.close_journal()
+    assert said
+    assert set(said) == {"no snapshot: generation_config is invalid; training goes on, the journal is safe"}
+
+
+def test_a_snapshot_with_another_state_hash_is_set_aside(tmp_path: Path) -> None:
+    """As if a bit had flipped between hashing the weights and writing them."""
+    engine = open_engine()
+    open_run(engine, tmp_path, Options(NEVER))
+    walk(engine, 3)
+    durability(engine).snapshot(state_hash=1)
+    engine.close_journal()
+    with pytest.raises(CorruptRunError, match="not those that it was made of"):
+        open_run(open_engine(), tmp_path)
+    assert resume(tmp_path, LAST)[0] == digests()[LAST]

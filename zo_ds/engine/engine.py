@@ -16,7 +16,7 @@ from torch import Tensor
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.errors import DataError, NonFiniteError, PeerError, StoppedError, ZODSError
+from zo_ds.errors import ConfigError, DataError, NonFiniteError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.records import StepRecord
@@ -80,6 +80,7 @@ class ZOEngine:
         self.steps_done = 0
         self._evaluator = evaluator
         self._durability: Durability | None = None
+        self._off_journal = False
         self._at_close: list[Callable[[], None]] = []
         self._stop_requested: Callable[[], bool] = lambda: False
         self._skips: list[SkipReason] = []
@@ -128,6 +129,7 @@ class ZOEngine:
 
         Raises:
             DataError: there is no batch.
+            ConfigError: the run is recorded, and its weights were replaced by `load_weights`.
             NonFiniteError: the last `max_consecutive_skips` steps were all skipped.
             PeerError: a rank is gone, or ranks computed different scalars.
             MachineError: the journal could not be written; nothing was applied.
@@ -137,6 +139,13 @@ class ZOEngine:
         units = batch if isinstance(batch, list) else [batch]
         if not units:
             raise DataError("a step needs at least one micro-batch", where="engine.step(batch)")
+        if self._off_journal:
+            raise ConfigError(
+                "no further step can be recorded: the weights were replaced",
+                where="engine.step after engine.load_weights",
+                why="the journal would no longer lead to the weights",
+                remedy="make an engine of these weights with another run_dir",
+            )
         step, lr, eps = self.steps_done, *self.scheduled(self.steps_done)
         state_hash = self._durability.state_hash(step) if self._durability else None
         plan = probes(self.config.estimator_spec)
@@ -191,6 +200,7 @@ class ZOEngine:
         """Overwrite the trained weights by name, for example with those of the best step."""
         if self._durability is not None:
             self._durability.before_apply()
+            self._off_journal = True
         self.store.load(tensors)
 
     def close(self) -> None:

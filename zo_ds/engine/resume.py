@@ -27,7 +27,7 @@ from zo_ds.journal.lock import RunLock
 from zo_ds.journal.records import Header
 from zo_ds.journal.recovery import Start, choose_start, drop_later
 from zo_ds.journal.replay import legs
-from zo_ds.journal.snapshot import purge, read_info
+from zo_ds.journal.snapshot import purge, quarantine, read_info
 from zo_ds.journal.stream import from_bytes, to_bytes
 from zo_ds.maths.estimators import SkipReason
 from zo_ds.parallel.channel import agree, on_rank_0
@@ -206,8 +206,12 @@ def _catch_up(engine: ZOEngine, start: Start, history: History, options: Options
     if start.snapshot is not None:
         engine.load_weights(read_weights(start.snapshot))
         if engine.store.state_hash() != read_info(start.snapshot).state_hash:
+            aside = quarantine(start.snapshot) if engine.channel.rank == 0 else start.snapshot
             raise CorruptRunError(
-                "the loaded snapshot has another state hash than was saved", where=str(start.snapshot)
+                "the weights of a snapshot are not those that it was made of",
+                where=str(aside),
+                why="its state hash is another: memory was damaged while it was written",
+                remedy="the same command goes on from an older one, or from the base model",
             )
     begun = time.perf_counter()
     stretches = history.stretches(start.step, start.end)

@@ -56,11 +56,10 @@ class SnapshotWriter:
             return None
         self._thread.join()
         self._thread = None
-        if isinstance(self._outcome, OSError):
-            self._warn(f"no snapshot: {self._outcome.strerror or self._outcome}; training goes on, the journal is safe")
-            return None
         if isinstance(self._outcome, Exception):
-            raise self._outcome
+            why = getattr(self._outcome, "strerror", None) or self._outcome
+            self._warn(f"no snapshot: {why}; training goes on, the journal is safe")
+            return None
         return self._outcome
 
     def _write(self, info: SnapshotInfo, tensors: Sequence[tuple[str, Tensor]]) -> None:

@@ -38,6 +38,7 @@ class Header:
         segment: number of the segment, from 0.
         first_step: of the segment.
         chain: CRC that the segment before it ended with; 0 in the first one.
+        shared: of an exported file: how many steps it has, and the weights_sha256 they lead to if that is known.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class Header:
     segment: int = 0
     first_step: int = 0
     chain: int = 0
+    shared: Mapping[str, Any] | None = None
 
     @property
     def slots(self) -> int:
@@ -97,6 +99,7 @@ class Header:
             "segment": self.segment,
             "first_step": self.first_step,
             "chain": self.chain,
+            **({"shared": dict(self.shared)} if self.shared is not None else {}),
         }
 
     @staticmethod
@@ -128,6 +131,7 @@ class Header:
             tree["segment"],
             tree["first_step"],
             tree["chain"],
+            tree.get("shared"),
         )
         if (
             not 0 < header.coefficient_cap < math.inf

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from zo_ds.journal.binary import decode_segments, encode_header, encode_record
 from zo_ds.journal.history import History, Stretch, assemble
 
 
-def to_bytes(history: History, first: int, last: int) -> bytes:
+def to_bytes(history: History, first: int, last: int, shared: Mapping[str, Any] | None = None) -> bytes:
     """Records of the steps first .. last - 1 as a journal of their own: no spare space, one segment for each fork.
+
+    Args:
+        history: where they are.
+        first: step.
+        last: step behind them.
+        shared: see `Header`.
 
     Raises:
         CorruptRunError, ValueError: see `History.stretches`.
@@ -19,14 +26,14 @@ def to_bytes(history: History, first: int, last: int) -> bytes:
     raw, chain, at = bytearray(), 0, first
     for number, stretch in enumerate(_merged(history.stretches(first, last))):
         header = stretch.header
-        part, chain = encode_header(replace(header, segment=number, first_step=at, chain=chain))
+        part, chain = encode_header(replace(header, segment=number, first_step=at, chain=chain, shared=shared))
         raw += part
         for record in stretch.records:
             part, chain = encode_record(record, header, chain)
             raw += part
         at += len(stretch.records)
     if not raw:
-        raw += encode_header(replace(history.header, segment=0, first_step=first, chain=0))[0]
+        raw += encode_header(replace(history.header, segment=0, first_step=first, chain=0, shared=shared))[0]
     return bytes(raw)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zo_ds.data.examples import Example
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.export import NOTE
 from zo_ds.engine.resume import JOURNAL
+from zo_ds.errors import DataError
 from zo_ds.evaluation.accuracy import Evaluation, evaluate
 from zo_ds.forward.evaluator import Result
 from zo_ds.journal.history import read_journal
@@ -23,7 +25,7 @@ from zo_ds.journal.stream import from_bytes, to_bytes
 from zo_ds.maths.estimators import probes
 from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.channel import Channel
-from zo_ds.stores.base import WeightStore, trainable_parameters
+from zo_ds.stores.base import WeightStore, trainable_parameters, weights_sha256
 from zo_ds.stores.shards import read_weights
 from zo_ds.tasks.scoring import Batch, Scorer
 from zo_ds.trainer.environment import peak_rss_gib
@@ -78,6 +80,8 @@ class Session:
         """Note that the mathematics is another from this step on."""
         self._state.forks = [fork for fork in self._state.forks if fork["step"] < step]
         forwards = self._state.forwards(step, self._forwards_per_step())
+        if any(change.startswith(("task.", "data")) for change in changed):
+            self._state.dev = {}  # scores of another question
         self._state.forks.append({"step": step, "forwards": forwards, "changes": changed})
         self._keep_state()
         log.warning("%s", f"forked at step {step}: {'; '.join(changed)}")
@@ -196,7 +200,8 @@ class Session:
     def _return_to(self, step: int) -> None:
         """Go back to the weights after so many steps: from the kept model, else by replay."""
         there = step == self._engine.steps_done
-        kept = self._kept_step() == step or not self._plan.config.output.save_model
+        weights = self._kept_weights(step)
+        kept = weights is not None or not self._plan.config.output.save_model
         flags = self._channel.all_gather(torch.tensor([there or kept, kept]))
         everybody = all(bool(has) for has, _ in flags)
         if not there:
@@ -206,15 +211,22 @@ class Session:
                 raw = self._channel.broadcast(self._journal_until(step))
                 if not (there or kept):
                     self._engine.load_weights(self._replayed(raw))
-            if not there and kept:
-                self._engine.load_weights(read_weights(self._path / "model"))
+            if not there and weights is not None:
+                self._engine.load_weights(weights)
         if not bool(flags[0][1]):
             self._save_model(step)
 
-    def _kept_step(self) -> int | None:
+    def _kept_weights(self, step: int) -> dict[str, Tensor] | None:
+        """The weights in RUN/model, if they are those after so many steps, to the last bit."""
         try:
-            return int(json.loads((self._path / "model" / NOTE).read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError):
+            note = json.loads((self._path / "model" / NOTE).read_text(encoding="utf-8"))
+            if note["step"] != step:
+                return None
+            weights = read_weights(self._path / "model")
+            infos = self._engine.store.parameters.values()
+            digest = weights_sha256((info.name, weights[info.name]) for info in infos)
+            return weights if digest == note["weights_sha256"] else None
+        except (OSError, ValueError, KeyError, SafetensorError, DataError):
             return None
 
     def _journal_until(self, step: int) -> bytes:

@@ -55,7 +55,8 @@ def export_journal(run: Path, target: Path) -> dict[str, Any]:
     result = read_result(run)
     history = read_journal(run / JOURNAL)
     steps = int(result["best_step"]) if result is not None else history.steps
-    raw = to_bytes(history, 0, steps)
+    digest = result["weights_sha256"] if result is not None else None
+    raw = to_bytes(history, 0, steps, {"steps": steps, "weights_sha256": digest})
     try:
         write_atomically(target, raw)
     except OSError as error:
@@ -104,7 +105,21 @@ def apply_journal(file: Path, model: str | None, save_to: Path | None) -> dict[s
     if "path" not in source:
         raise ConfigError("the journal does not name its base model", where=str(file), remedy="give it with --model")
     config = validate(ModelConfig, source, where=str(file))
+    shared = history.header.shared or {}
+    if shared.get("steps", history.steps) != history.steps:
+        raise CorruptRunError(
+            f"the file has {history.steps} of its {shared['steps']} steps",
+            where=str(file),
+            remedy="get it again: its end is missing",
+        )
     built = rebuild(config, classes, history, history.steps)
+    if shared.get("weights_sha256") not in (None, built.replayed.weights_sha256):
+        raise CorruptRunError(
+            "the file leads to other weights than its author had",
+            where=str(file),
+            why=f"SHA-256 {built.replayed.weights_sha256[:16]}..., not {shared['weights_sha256'][:16]}...",
+            remedy="ask its author; nothing was saved",
+        )
     if save_to is not None:
         save_rebuilt(built, history, save_to, history.steps)
     return {

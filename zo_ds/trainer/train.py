@@ -16,7 +16,7 @@ from zo_ds.config.schema import ZOConfig
 from zo_ds.engine.export import write_extras
 from zo_ds.engine.initialize import initialize
 from zo_ds.engine.resume import Options, Resumed, open_run
-from zo_ds.errors import MachineError, PeerError, StoppedError, ZODSError
+from zo_ds.errors import ConfigError, MachineError, PeerError, StoppedError, ZODSError
 from zo_ds.models.load import LoadedModel
 from zo_ds.ops.builder import Report
 from zo_ds.parallel.channel import Channel, agree, on_rank_0, open_channel
@@ -235,7 +235,14 @@ def _run(job: _Job) -> dict[str, Any]:
             session.score_base()
             set_up = time.perf_counter() - job.started
             begun = time.perf_counter()
-            resumed = open_run(engine, path, _options(plan, loaded, session))
+            with guard.patience():
+                resumed = open_run(engine, path, _options(plan, loaded, session))
+            if resumed.step > config.training.steps:
+                raise ConfigError(
+                    f"the run has {resumed.step} steps already",
+                    where=f"training.steps={config.training.steps}",
+                    remedy=f"ask for {resumed.step} or more; `zo_ds replay {path} --steps N` gives earlier weights",
+                )
             opened = time.perf_counter() - begun
             _say_where(resumed)
             state.forget_after(resumed.step)
