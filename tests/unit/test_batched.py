@@ -23,6 +23,7 @@ from zo_ds.maths.directions import NoiseStructure
 from zo_ds.maths.estimators import Estimator, EstimatorSpec, verdict
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.update import Term, Update
+from zo_ds.ops.plan import Plan
 from zo_ds.stores.base import trainable_parameters
 from zo_ds.stores.resident import ResidentStore
 
@@ -34,7 +35,7 @@ SEED, STEP = 11, 3
 def moved(model: nn.Module, structure: NoiseStructure, update: Update) -> nn.Module:
     """A copy of a model, after an update."""
     model = copy.deepcopy(model)
-    ResidentStore(model, trainable_parameters(model), structure).apply(SEED, update)
+    ResidentStore(model, trainable_parameters(model), structure).apply(Plan.of(SEED, [update]))
     return model
 
 
