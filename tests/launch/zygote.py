@@ -208,6 +208,8 @@ def _serve(connection: Connection) -> Start | None:
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A shell's background jobs inherit that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getppid() != parent:
         os._exit(1)
 
