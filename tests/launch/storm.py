@@ -55,6 +55,8 @@ class Job:
     def start(self, folder: Path, **how: Any) -> Start:
         """The command that begins the run in a folder, or goes on with it; `how`: see `Start`."""
         folder.mkdir(exist_ok=True)
+        for name in ("out.txt", "err.txt"):
+            (folder / name).touch()  # a process may die before it gets so far
         return Start(["train", str(self.recipe), "output.run_dir=run"], folder, **how)
 
 
