@@ -17,7 +17,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from zo_ds.errors import ZODSError
-from zo_ds.parallel.channel import Channel, GlooChannel
+from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.gloo import GlooChannel
 
 # Before anything imports deepspeed: it would look for accelerators once, at import.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

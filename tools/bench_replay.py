@@ -30,7 +30,7 @@ from zo_ds.journal.snapshot import verify
 from zo_ds.journal.stream import to_bytes
 from zo_ds.maths.update import Term, Update
 from zo_ds.ops.plan import Plan
-from zo_ds.parallel.channel import open_channel
+from zo_ds.parallel.launched import open_channel
 from zo_ds.tasks.scoring import Batch
 from zo_ds.trainer.environment import describe, use_threads
 from zo_ds.trainer.job import check, encode_units, load, make_sampler, settle
@@ -67,7 +67,7 @@ def open_engine(config_path: Path) -> tuple[ZOEngine, Callable[[int], list[Batch
 
     def batch(step: int) -> list[Batch]:
         examples = [plan.splits.train[index] for index in sampler.indices(step)]
-        return encode_units(examples, config.training.micro_batch_size, scorer, channel, engine.device)
+        return encode_units(examples, config.training.micro_batch_size, scorer, engine.grid, engine.device)
 
     return engine, batch
 

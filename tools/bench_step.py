@@ -118,7 +118,7 @@ class Quickstart:
         """A step's units of work, and the same sequences as a padded batch."""
         examples = [self._plan.splits.train[index] for index in self._sampler.indices(step)]
         padded = pad([self.scorer.prompts.encode(example.text) for example in examples], 0)
-        units = encode_units(examples, len(examples), self.scorer, self._channel, DEVICE)
+        units = encode_units(examples, len(examples), self.scorer, self.engine.grid, DEVICE)
         return units, {key: value.to(DEVICE) for key, value in padded.items()}
 
 

@@ -68,12 +68,19 @@ def test_it_learns(reference: tuple[Path, Path]) -> None:
     assert found["final_loss"] < found["zero_shot_loss"] - 0.05
 
 
-def test_batch_that_ranks_cannot_share(reference: tuple[Path, Path]) -> None:
-    folder, _ = reference
+def test_more_ranks_than_work(reference: tuple[Path, Path]) -> None:
+    folder, run_dir = reference
     done = jobs.deepspeed(folder, 3, folder / "recipe.yaml", "output.run_dir=three")
+    assert done.code == 0, done.err
+    same(run_dir, folder / "three")
+
+
+def test_grid_that_does_not_fit_the_ranks(reference: tuple[Path, Path]) -> None:
+    folder, _ = reference
+    done = jobs.deepspeed(folder, 2, folder / "recipe.yaml", "output.run_dir=grid", "parallel.population=3")
     assert done.code == 2
-    assert "3 ranks cannot share a batch of 8 in units of 4" in done.err
-    assert not (folder / "three").exists()
+    assert "3 ranks cannot share 5 evaluations of the loss" in done.err
+    assert not (folder / "grid" / "journal").exists()
 
 
 def test_ranks_with_different_recipes_do_not_start(reference: tuple[Path, Path]) -> None:

@@ -50,7 +50,6 @@ def zero(**entries: Any) -> dict[str, Any]:
 
 def test_every_auto_is_resolved() -> None:
     assert resolve(AUTO) == {
-        "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "zero_optimization": {
@@ -136,24 +135,26 @@ def test_empty_optimizer_entries_of_a_shared_file_are_dropped(key: str, value: A
 @pytest.mark.parametrize(
     ("tree", "sizes", "expected"),
     [
-        ({}, {}, (8, 4, 2)),
-        ({}, {"batch": None, "micro": None}, (1, 1, 1)),
-        ({"train_micro_batch_size_per_gpu": 4}, {"batch": None, "micro": None}, (4, 4, 1)),
+        ({}, {}, (4, 2)),
+        ({}, {"batch": None, "micro": None}, (1, 1)),
+        ({"train_micro_batch_size_per_gpu": 4}, {"batch": None, "micro": None}, (4, 1)),
         (
             {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4},
             {"batch": None, "micro": None},
-            (16, 4, 4),
+            (4, 4),
         ),
-        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}, {}, (8, 4, 2)),
-        ({}, {"world": 1}, (16, 4, 4)),
+        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}, {}, (4, 2)),
+        ({}, {"world": 1}, (4, 4)),
+        ({}, {"world": 3}, (4, 2)),
     ],
 )
 def test_batch_sizes_are_those_of_one_rank(
-    tree: dict[str, Any], sizes: dict[str, Any], expected: tuple[int, int, int]
+    tree: dict[str, Any], sizes: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     config = resolve(tree, **sizes)
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert tuple(config[name] for name in names) == expected
+    assert "train_batch_size" not in config  # DeepSpeed's world is not the job
 
 
 @pytest.mark.parametrize(
@@ -185,12 +186,12 @@ def test_sizes_are_positive_integers(value: Any) -> None:
     assert "must be a positive integer" in refused({"train_batch_size": value}).what
 
 
-def test_ranks_that_cannot_share_the_batch() -> None:
-    error = refused({}, world=3)
-    assert error.what == "3 ranks cannot share a batch of 16 in units of 4"
-    assert "4 units" in error.why
-    assert "multiple of 12" in error.remedy
-    assert "use fewer ranks" in error.remedy
+def test_a_batch_that_is_not_made_of_units() -> None:
+    sizes = {"batch": None, "micro": None}
+    error = refused({"train_batch_size": 18, "train_micro_batch_size_per_gpu": 4}, **sizes)
+    assert error.what == "a batch of 18 cannot be made of units of 4"
+    assert "same shape" in error.why
+    assert "multiple of 4" in error.remedy
     assert resolve({}, batch=24, world=3)["gradient_accumulation_steps"] == 2
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -15,64 +17,108 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.conftest import free_port, join, on_ranks
-from zo_ds.errors import MachineError, PeerError, ZODSError
-from zo_ds.parallel.channel import Channel, SoloChannel, agree, open_channel
-from zo_ds.parallel.units import interleave, ordered_mean, units_of_rank
-
-
-@given(num_units=st.integers(0, 40), world=st.integers(1, 9))
-def test_every_unit_belongs_to_one_rank(num_units: int, world: int) -> None:
-    shares = [units_of_rank(num_units, rank, world) for rank in range(world)]
-    assert sorted(unit for share in shares for unit in share) == list(range(num_units))
-    assert all(unit % world == rank for rank, share in enumerate(shares) for unit in share)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@given(per_rank=st.integers(1, 5), world=st.integers(1, 6), tail=st.sampled_from([(), (3,), (2, 3)]))
-def test_interleave_undoes_the_sharing(per_rank: int, world: int, tail: tuple[int, ...]) -> None:
-    units = torch.arange(per_rank * world).view(-1, *[1] * len(tail)).expand(-1, *tail)
-    gathered = [units[list(units_of_rank(len(units), rank, world))] for rank in range(world)]
-    assert torch.equal(interleave(gathered), units)
-
-
-def plain_mean(losses: Tensor) -> list[float]:
-    units, probes, examples = losses.shape
-    means = []
-    for probe in range(probes):
-        total = 0.0
-        for unit in range(units):
-            for example in range(examples):
-                total += float(losses[unit, probe, example])
-        means.append(total / (units * examples))
-    return means
+from zo_ds.errors import ConfigError, MachineError, PeerError, ZODSError
+from zo_ds.parallel.channel import Channel, SoloChannel, agree
+from zo_ds.parallel.grid import LEAST_PLACES, make_grid, most_population
+from zo_ds.parallel.launched import open_channel
+from zo_ds.parallel.sums import add, exact_sums, from_words, mean, to_words
 
 
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6)),
-    seed=st.integers(0, 2**32),
-    exponent=st.integers(0, 40),
+    world=st.integers(1, 12), units=st.integers(1, 12), places=st.integers(5, 33), strict=st.booleans(), data=st.data()
 )
-def test_mean_is_that_of_a_plain_loop_bit_for_bit(shape: tuple[int, int, int], seed: int, exponent: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    losses = torch.randn(shape, generator=generator, dtype=torch.float64)
-    losses *= 2.0 ** torch.randint(-exponent, exponent + 1, shape, generator=generator)
-    assert ordered_mean(losses).tolist() == plain_mean(losses)
+def test_a_grid_covers_every_unit_at_every_place_once(
+    world: int, units: int, places: int, strict: bool, data: st.DataObject
+) -> None:
+    chunk = 3 if strict else 1
+    factors = [p for p in range(1, world + 1) if world % p == 0 and p <= most_population(places, chunk)]
+    population = data.draw(st.sampled_from([None, *factors]))
+    seat = make_grid(0, world, population=population, data=None, units=units, places=places, chunk=chunk)
+    assert seat.population * seat.data == world
+    done = [
+        (unit, place)
+        for rank in range(world)
+        for unit in seat.of(rank).units(units)
+        for place in seat.of(rank).places(places, chunk)
+    ]
+    assert sorted(done) == [(unit, place) for unit in range(units) for place in range(places)]
+    shares = [seat.of(rank).places(places, chunk) for rank in range(world)]
+    assert all(share.start % chunk == 0 and len(share) >= LEAST_PLACES - (places % chunk == 1) for share in shares)
 
 
-def test_mean_does_not_depend_on_the_number_of_ranks() -> None:
-    losses = torch.randn(12, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 9
-    for world in (1, 2, 3, 4, 6):
-        shared = interleave([losses[list(units_of_rank(12, rank, world))] for rank in range(world)])
-        assert torch.equal(ordered_mean(shared), ordered_mean(losses))
-    assert not torch.equal(ordered_mean(losses.flip(0)), ordered_mean(losses))
+@pytest.mark.parametrize(
+    ("world", "units", "chunk", "expected"),
+    [(2, 4, 1, (1, 2)), (4, 2, 1, (2, 2)), (4, 4, 1, (1, 4)), (2, 1, 1, (2, 1)), (4, 1, 3, (2, 2)), (3, 2, 3, (3, 1))],
+)
+def test_auto_takes_the_grid_with_the_least_to_do(
+    world: int, units: int, chunk: int, expected: tuple[int, int]
+) -> None:
+    seat = make_grid(0, world, population=None, data=None, units=units, places=9, chunk=chunk)
+    assert (seat.population, seat.data) == expected
 
 
-def test_nan_and_inf_stay_in_their_probe() -> None:
-    losses = torch.ones(2, 3, 2, dtype=torch.float64)
-    losses[1, 0, 1], losses[0, 2, 0] = float("nan"), float("inf")
-    mean = ordered_mean(losses)
-    assert mean.isnan().tolist() == [True, False, False]
-    assert mean[1:].tolist() == [1.0, float("inf")]
+def test_without_a_known_batch_every_rank_gets_examples() -> None:
+    seat = make_grid(3, 4, population=None, data=None, units=None, places=9, chunk=1)
+    assert (seat.population, seat.data, seat.data_rank) == (1, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("population", "data", "words"),
+    [
+        (3, None, "population 3 x data auto is not 4"),
+        (2, 4, "population 2 x data 4"),
+        (8, None, "8 ranks cannot share 9"),
+    ],
+)
+def test_grids_that_cannot_be(population: int | None, data: int | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        make_grid(0, 4, population=population, data=data, units=4, places=9, chunk=1)
+    assert error.value.remedy
+
+
+def exact(values: list[float]) -> Fraction:
+    return sum((Fraction(math.floor(abs(v) * 2**64), 2**64) * (-1 if v < 0 else 1) for v in values), Fraction(0))
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-1e9, 1e9) | st.floats(-1e-15, 1e-15), min_size=1, max_size=8), min_size=1, max_size=6
+    )
+)
+def test_mean_is_the_correctly_rounded_one_of_exact_rationals(rows: list[list[float]]) -> None:
+    parts = [exact_sums(torch.tensor([row], dtype=torch.float64))[0] for row in rows]
+    sent = from_words(to_words(parts))
+    assert sent == parts
+    every = [value for row in rows for value in row]
+    assert mean(add(sent), len(every)) == float(exact(every) / len(every))
+
+
+def test_mean_does_not_depend_on_who_added_what() -> None:
+    losses = torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 9
+    found = set()
+    for size in (1, 2, 3, 5, 8, 24):
+        for order in (losses, losses.flip(0), losses[torch.randperm(24, generator=torch.Generator().manual_seed(1))]):
+            parts = [exact_sums(part[None])[0] for part in order.split(size)]
+            found.add(mean(add(parts), 24))
+    assert len(found) == 1
+    sums = {float(sum(order.tolist())) for order in (losses, losses.flip(0))}
+    assert len(sums) == 2  # which plain floating-point sums do
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, -(2.0**63)])
+def test_what_is_not_finite_stays_in_its_place_and_gets_across(bad: float) -> None:
+    losses = torch.tensor([[1.0, bad], [1.0, 2.0]], dtype=torch.float64)
+    sums = from_words(to_words(exact_sums(losses)))
+    assert sums[0] is None
+    assert add([sums[0], 5]) is None
+    assert math.isnan(mean(sums[0], 2))
+    assert mean(sums[1], 2) == 1.5
+
+
+def test_16_bytes_a_place_whatever_the_examples() -> None:
+    for examples in (1, 1000):
+        words = to_words(exact_sums(torch.full((9, examples), 1e12, dtype=torch.float64)))
+        assert words.nbytes == 16 * 9
 
 
 def test_world_of_one() -> None:

@@ -50,12 +50,13 @@ def open_engine(
     channel: Channel | None = None,
     run_dir: Path | None = None,
     seed: int = 0,
+    model: nn.Module | None = None,
     **options: Any,
 ) -> ZOEngine:
     nvme = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": store.partition(":")[2]}}
     maths = {"num_directions": 4, "lr": 5e-3, "run_seed": 3, "weight_decay": 0.3, **options}
     config = {"zero_optimization": nvme if ":" in store else STORES[store], "zeroth_order": maths}
-    model = tiny_model("llama", seed, dtype)
+    model = model or tiny_model("llama", seed, dtype)
     return zo_ds.initialize(model, config, loss_fn=scaled_loss, channel=channel or SoloChannel(), run_dir=run_dir)
 
 
@@ -142,11 +143,10 @@ def test_one_run_goes_from_store_to_store(dtype: torch.dtype, noise: str, tmp_pa
 def test_one_run_goes_from_one_rank_to_two_to_four_to_one(settings: JournalConfig, tmp_path: Path) -> None:
     wanted = digests(count=4)
     for last, ranks in ((3, 1), (5, 2), (7, 4), (9, 1)):
-        engines = [open_engine() for _ in range(ranks)]
+        models = [tiny_model("llama") for _ in range(ranks)]
 
-        def work(channel: Channel, engines: Any = engines, last: int = last) -> tuple[int, str]:
-            engine = engines[channel.rank]
-            engine.channel = channel
+        def work(channel: Channel, models: Any = models, last: int = last) -> tuple[int, str]:
+            engine = open_engine(channel=channel, model=models[channel.rank])
             resumed = open_run(engine, tmp_path, Options(settings))
             digest = walk(engine, last, 4)
             engine.close_journal()
@@ -169,15 +169,14 @@ def test_a_rank_that_cannot_see_the_run_replays_it_from_the_base(
     open_run(first, tmp_path / "run", Options(settings))
     walk(first, 5, 2)
     first.close_journal()
-    engines = [open_engine() for _ in range(2)]
+    models = [tiny_model("llama") for _ in range(2)]
     here = threading.local()
     sees = zo_ds.engine.resume._usable
     monkeypatch.setattr("zo_ds.engine.resume._usable", lambda folder, step: not here.blind and sees(folder, step))
 
     def work(channel: Channel) -> tuple[Resumed, str]:
         here.blind = channel.rank == 1
-        engine = engines[channel.rank]
-        engine.channel = channel
+        engine = open_engine(channel=channel, model=models[channel.rank])
         resumed = open_run(engine, tmp_path / ("elsewhere" if here.blind else "run"), Options(settings))
         return resumed, walk(engine, 8, 2)
 
@@ -189,11 +188,11 @@ def test_a_rank_that_cannot_see_the_run_replays_it_from_the_base(
 
 
 def test_ranks_with_other_base_weights_do_not_start(tmp_path: Path) -> None:
-    engines = [open_engine(seed=seed) for seed in range(2)]
+    models = [tiny_model("llama", seed) for seed in range(2)]
 
     def work(channel: Channel) -> None:
-        engines[channel.rank].channel = channel
-        open_run(engines[channel.rank], tmp_path)
+        engine = open_engine(channel=channel, model=models[channel.rank])
+        open_run(engine, tmp_path)
 
     for error in on_ranks(2, work):
         assert isinstance(error, PeerError)
@@ -355,11 +354,10 @@ def test_damaged_weights_do_not_survive_a_restart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replay_s", [1e9, 1e-9], ids=["base", "snapshot"])
 def test_ranks_notice_damaged_weights_and_the_restart_is_clean(replay_s: float, tmp_path: Path) -> None:
-    engines = [open_engine() for _ in range(2)]
+    models = [tiny_model("llama") for _ in range(2)]
 
     def work(channel: Channel) -> None:
-        engine = engines[channel.rank]
-        engine.channel = channel
+        engine = open_engine(channel=channel, model=models[channel.rank])
         open_run(engine, tmp_path, Options(JournalConfig(hash_every=3, snapshot_replay_s=replay_s)))
         walk(engine, 4, 2)
         if channel.rank == 0:
@@ -648,14 +646,13 @@ def test_ranks_count_skips_alike_whatever_they_start_from(tmp_path: Path, monkey
         first.step(batch)
         durability(first).wait()
     first.close_journal()
-    engines = [open_engine(max_consecutive_skips=3) for _ in range(2)]
+    models = [tiny_model("llama") for _ in range(2)]
     here = threading.local()
     monkeypatch.setattr("zo_ds.engine.resume._usable", lambda *_: not here.blind)
 
     def work(channel: Channel) -> None:
         here.blind = channel.rank == 1
-        engine = engines[channel.rank]
-        engine.channel = channel
+        engine = open_engine(channel=channel, model=models[channel.rank], max_consecutive_skips=3)
         open_run(engine, tmp_path)
         engine.step([bad])
 

@@ -61,7 +61,7 @@ def resolve_deepspeed(
         world_size: ranks of the job.
 
     Returns:
-        Plain data without "auto". Batch sizes are those of one rank, since DeepSpeed sees one.
+        Plain data without "auto". Batch sizes are those of one rank, whatever DeepSpeed's world is.
 
     Raises:
         ConfigError: ZeRO stage 1 or 2, an optimizer, sizes that contradict the recipe, an "auto"
@@ -118,23 +118,24 @@ def _resolve_batch(config: dict[str, Any], batch: int | None, micro: int | None,
     _agree("deepspeed.train_batch_size", given_batch, "training.batch_size", batch)
     micro = micro or given_micro or 1
     batch = batch or given_batch or micro * world_size
-    if batch % (micro * world_size):
+    if batch % micro:
         raise ConfigError(
-            f"{world_size} ranks cannot share a batch of {batch} in units of {micro}",
-            where="training.batch_size",
-            why=f"a step has {batch / micro:g} units of work and every rank must take as many",
-            remedy=f"make batch_size a multiple of {micro * world_size}, lower micro_batch_size, or use fewer ranks",
+            f"a batch of {batch} cannot be made of units of {micro}",
+            where="deepspeed.train_batch_size",
+            why="every unit of work must have the same shape",
+            remedy=f"make it a multiple of {micro}, or choose another train_micro_batch_size_per_gpu",
         )
-    units = batch // (micro * world_size)
+    # Ranks may take unequal numbers of units; DeepSpeed is told the most that one takes.
+    most = -(-batch // (micro * world_size))
     _agree(
         "deepspeed.gradient_accumulation_steps",
         _number(config, "gradient_accumulation_steps"),
         "units of work of a rank",
-        units,
+        most,
     )
+    config.pop("train_batch_size", None)
     config["train_micro_batch_size_per_gpu"] = micro
-    config["gradient_accumulation_steps"] = units
-    config["train_batch_size"] = micro * units
+    config["gradient_accumulation_steps"] = most
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:

@@ -163,8 +163,19 @@ class TrainingConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Ranks and threads."""
+    """Ranks: who holds the weights, who computes what, and how they talk."""
 
+    layout: Literal["auto", "solo", "shard_group", "shared_host"] = "auto"
+    """solo: a copy of the weights for each rank; shard_group: one in ZeRO-3 shards for each group of ranks;
+    shared_host: one in host memory (or on disk) for each node; auto: solo, unless a node cannot hold as many copies."""
+    shard_size: PositiveInt | Literal["auto"] = "auto"
+    """Ranks of a shard group; auto: those of a node."""
+    population: PositiveInt | Literal["auto"] = "auto"
+    """Ranks that share out the directions of a step; auto: where there are more ranks than micro-batches."""
+    data: PositiveInt | Literal["auto"] = "auto"
+    """Ranks that share out the micro-batches of a step; population x data is the number of ranks."""
+    channel: Literal["auto", "gloo", "mpi"] = "auto"
+    """What scalars cross between ranks on; auto: MPI if mpirun started them and mpi4py is installed, else gloo."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of each rank; auto: the cores of the node divided by its ranks."""
     timeout_s: PositiveFloat = 600.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from zo_ds.journal.history import Stretch
 from zo_ds.journal.journal import Journal
 from zo_ds.journal.records import StepRecord
 from zo_ds.journal.snapshot import SnapshotInfo, folder_of
-from zo_ds.parallel.channel import Channel, agree
+from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.layout import Layout, agreed_total
 from zo_ds.stores.base import WeightStore
 
 
@@ -24,6 +24,7 @@ class Durability:
     Args:
         store: the weights.
         channel: to the other ranks.
+        layout: which of them hold the weights together.
         settings: how often what is done.
         journal: on rank 0; None on the others.
         snapshots: folder for them.
@@ -38,6 +39,7 @@ class Durability:
         self,
         store: WeightStore,
         channel: Channel,
+        layout: Layout,
         settings: JournalConfig,
         journal: Journal | None,
         snapshots: Path,
@@ -49,7 +51,7 @@ class Durability:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.journal = journal
-        self._store, self._channel, self._settings, self._warn = store, channel, settings, warn
+        self._store, self._channel, self._layout, self._settings, self._warn = store, channel, layout, settings, warn
         self._writer = SnapshotWriter(snapshots, settings.keep_snapshots, extras, warn)
         self._auditor = Auditor(store, warn)
         self._newest, self._since = newest, list(since or [])
@@ -64,8 +66,8 @@ class Durability:
         """
         if step % self._settings.hash_every:
             return None
-        found = self._store.state_hash()
-        agree(self._channel, struct.pack("<Q", found), f"the weights before step {step}")
+        what = f"the weights before step {step}"
+        found = agreed_total(self._channel, self._layout, self._store.state_hash(), what)
         # Only weights that all ranks agree on are worth a snapshot.
         if self._replay_s > self._settings.snapshot_replay_s and not self._writer.busy:
             self.snapshot(found)

@@ -16,17 +16,19 @@ from torch import Tensor
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.errors import ConfigError, DataError, NonFiniteError, PeerError, StoppedError, ZODSError
+from zo_ds.engine.measure import Measured, Measurement
+from zo_ds.errors import ConfigError, NonFiniteError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.records import StepRecord
-from zo_ds.maths.estimators import Probe, SkipReason, Verdict, probes, verdict
+from zo_ds.maths.estimators import SkipReason, Verdict, probes, verdict
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
 from zo_ds.maths.update import Term, Update
 from zo_ds.ops.plan import Plan
 from zo_ds.parallel.channel import Channel, agree
-from zo_ds.parallel.units import interleave, ordered_mean
+from zo_ds.parallel.grid import Grid
+from zo_ds.parallel.layout import Kind, Layout
 from zo_ds.parallel.world import leave_world
 from zo_ds.stores.base import WeightStore
 
@@ -44,6 +46,7 @@ class StepOutput:
         lr, eps: of this step.
         forwards: forward passes of the whole job, in units of work.
         seconds: wall time.
+        sent: bytes that this rank gave to others, without what the network adds.
     """
 
     step: int
@@ -55,6 +58,7 @@ class StepOutput:
     eps: float
     forwards: int
     seconds: float
+    sent: int = 0
 
 
 class ZOEngine:
@@ -64,8 +68,9 @@ class ZOEngine:
         config: estimator and constants.
         store: holds theta.
         evaluator: gives losses under displacements.
-        channel: to the other replicas.
+        channel: to the other ranks.
         deepspeed: the DeepSpeed engine underneath.
+        measurement: of the losses of a step, over all ranks.
     """
 
     def __init__(
@@ -75,10 +80,11 @@ class ZOEngine:
         evaluator: Evaluator,
         channel: Channel,
         deepspeed: DeepSpeedEngine,
+        measurement: Measurement,
     ) -> None:
         self.config, self.store, self.channel, self.deepspeed = config, store, channel, deepspeed
         self.steps_done = 0
-        self._evaluator = evaluator
+        self._evaluator, self._measurement = evaluator, measurement
         self._durability: Durability | None = None
         self._off_journal = False
         self._at_close: list[Callable[[], None]] = []
@@ -94,6 +100,16 @@ class ZOEngine:
     def device(self) -> torch.device:
         """Where batches must be."""
         return torch.device(self.deepspeed.device)
+
+    @property
+    def grid(self) -> Grid:
+        """Which micro-batches and directions this rank computes."""
+        return self._measurement.grid
+
+    @property
+    def layout(self) -> Layout:
+        """Which ranks hold the weights together."""
+        return self._measurement.layout
 
     def record_to(self, durability: Durability) -> None:
         """Make every step last from now on; see `zo_ds.engine.resume.open_run`, which every rank must call."""
@@ -120,12 +136,13 @@ class ZOEngine:
         self.steps_done = steps_done
         self._skips = list(skips)[max(0, len(skips) - self.config.max_consecutive_skips + 1) :]
 
-    def step(self, batch: Batch) -> StepOutput:
+    def step(self, batch: Batch, spare: Batch | None = None) -> StepOutput:
         """Take one step.
 
         Args:
-            batch: this rank's examples: one micro-batch, or a list of them. All micro-batches of all ranks must have
-                the same number of examples; micro-batch number k of rank r is unit k * world_size + r of the step.
+            batch: this rank's examples: one micro-batch, or a list of them, empty if others have some. All of them must
+                have the same number of examples; ranks with the same `grid.data_rank` must give the same ones.
+            spare: a micro-batch for a rank of a shard group that has none of its own; it is not counted.
 
         Raises:
             DataError: there is no batch.
@@ -135,10 +152,8 @@ class ZOEngine:
             MachineError: the journal could not be written; nothing was applied.
             StoppedError: a rank was asked to stop; the step is done and durable.
         """
-        started = time.perf_counter()
+        started, sent = time.perf_counter(), self.channel.sent
         units = batch if isinstance(batch, list) else [batch]
-        if not units:
-            raise DataError("a step needs at least one micro-batch", where="engine.step(batch)")
         if self._off_journal:
             raise ConfigError(
                 "no further step can be recorded: the weights were replaced",
@@ -149,22 +164,33 @@ class ZOEngine:
         step, lr, eps = self.steps_done, *self.scheduled(self.steps_done)
         state_hash = self._durability.state_hash(step) if self._durability else None
         plan = probes(self.config.estimator_spec)
-        losses = self._gathered_losses(units, plan, step, eps)
-        found = verdict(ordered_mean(losses), self.config.estimator_spec, lr, eps)
+        seed = step_seed(self.config.run_seed, step)
+        places = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
+        measured = self._measurement.run(units, places, f"step {step}", spare)
+        found = verdict(measured.means, self.config.estimator_spec, lr, eps)
         record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread, state_hash)
         self._agree(record)
         stop = self._commit(record)
         self._apply(record)
-        self._watch_skips(found, losses, plan)
+        self._watch_skips(found, measured)
         if stop:
             raise StoppedError(
                 f"stopped after step {step + 1}, as asked",
                 remedy="the same command goes on from here",
             )
         seconds = time.perf_counter() - started
-        forwards = len(plan) * losses.shape[0]
+        forwards = len(plan) * measured.units
         return StepOutput(
-            step, found.clean_loss, found.spread, found.coefficients, found.skip, lr, eps, forwards, seconds
+            step,
+            found.clean_loss,
+            found.spread,
+            found.coefficients,
+            found.skip,
+            lr,
+            eps,
+            forwards,
+            seconds,
+            self.channel.sent - sent,
         )
 
     def losses(self, batch: Batch) -> Tensor:
@@ -202,6 +228,12 @@ class ZOEngine:
             self._durability.before_apply()
             self._off_journal = True
         self.store.load(tensors)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all parts of the weights that this rank sees have been written; collective."""
+        if self.layout.kind is Kind.SHARED_HOST and self.layout.size > 1:
+            self.channel.barrier()
 
     def close(self) -> None:
         """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
@@ -231,22 +263,6 @@ class ZOEngine:
         )
         eps = scheduled(config.eps, config.eps_schedule, step, total, final_ratio=config.final_ratio)
         return lr, eps
-
-    def _gathered_losses(self, units: Sequence[Batch], plan: Sequence[Probe], step: int, eps: float) -> Tensor:
-        """fp64 [units of all ranks, probes, examples]."""
-        seed = step_seed(self.config.run_seed, step)
-        displacements = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
-        mine = [self._evaluator.losses(unit, displacements) for unit in units]
-        shape = torch.tensor([len(mine), *mine[0].shape])
-        shapes = {tuple(other.tolist()) for other in self.channel.all_gather(shape)}
-        if len(shapes) > 1 or any(unit.shape != mine[0].shape for unit in mine):
-            raise PeerError(
-                "units of work differ in size",
-                where=f"rank {self.channel.rank}, step {step}",
-                why=f"(units, probes, examples) by rank: {sorted(shapes)}; here {[unit.shape[1] for unit in mine]}",
-                remedy="give every rank as many micro-batches of the same number of examples (drop_last=True)",
-            )
-        return interleave(self.channel.all_gather(torch.stack(mine)))
 
     def _update(self, step: int, found: Verdict, lr: float) -> Update:
         if found.skip is not None:
@@ -282,18 +298,19 @@ class ZOEngine:
         started = time.perf_counter()
         if record.skip is None:
             self.store.apply(Plan.of(self.config.run_seed, [record.update]))
+            self.settle()
         self.steps_done += 1
         if self._durability is not None:
             self._durability.applied(record, time.perf_counter() - started)
 
-    def _watch_skips(self, found: Verdict, losses: Tensor, plan: Sequence[Probe]) -> None:
+    def _watch_skips(self, found: Verdict, measured: Measured) -> None:
         self._skips = [*self._skips, found.skip] if found.skip is not None else []
         if len(self._skips) < self.config.max_consecutive_skips:
             return
         raise NonFiniteError(
             f"the last {len(self._skips)} steps were all skipped",
             where=f"step {self.steps_done - 1}",
-            why=f"{self._skips[-1].value}: {_diagnosis(losses, plan)}",
+            why=f"{self._skips[-1].value}: {_diagnosis(measured)}",
             remedy=_REMEDIES[self._skips[-1]],
         )
 
@@ -305,16 +322,13 @@ _REMEDIES = {
 }
 
 
-def _diagnosis(losses: Tensor, plan: Sequence[Probe]) -> str:
-    bad = ~losses.isfinite()
-    if not bool(bad.any()):
-        flat = losses.mean(dim=(0, 2))
-        return f"losses between {float(flat.min()):.6g} and {float(flat.max()):.6g}"
-    at = [i for i in range(len(plan)) if bool(bad[:, i].any())]
-    which = (
-        "every evaluation, the unperturbed one too" if len(at) == len(plan) else f"{len(at)} of {len(plan)} evaluations"
-    )
-    return f"non-finite in {which}, for {int(bad.any(dim=1).sum())} of {bad.shape[0] * bad.shape[2]} examples"
+def _diagnosis(measured: Measured) -> str:
+    means = measured.means
+    bad, count = int((~means.isfinite()).sum()), means.numel()
+    if not bad:
+        return f"losses between {float(means.min()):.6g} and {float(means.max()):.6g}"
+    which = "every evaluation, the unperturbed one too" if bad == count else f"{bad} of {count} evaluations"
+    return f"non-finite in {which}, for {measured.bad_examples} of {measured.examples} examples"
 
 
 def decays(config: ZerothOrderConfig) -> bool:

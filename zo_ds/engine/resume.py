@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from zo_ds.journal.snapshot import purge, quarantine, read_info
 from zo_ds.journal.stream import from_bytes, to_bytes
 from zo_ds.maths.estimators import SkipReason
 from zo_ds.parallel.channel import agree, on_rank_0
+from zo_ds.parallel.layout import agreed_total
 from zo_ds.stores.shards import read_weights
 from zo_ds.version import VERSION
 
@@ -103,8 +103,8 @@ def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) ->
         resumed, stretches = _catch_up(engine, start, history, options)
         resumed = replace(resumed, changed=tuple(plan.changed))
         engine.went_on(plan.end, [SkipReason(reason) for reason in plan.skips])
-    state = struct.pack("<Qq", engine.store.state_hash(), engine.steps_done)
-    agree(engine.channel, state, f"the weights after step {plan.end}")
+    engine.settle()
+    agreed_total(engine.channel, engine.layout, engine.store.state_hash(), f"the weights after step {plan.end}")
     journal = on_rank_0(
         engine.channel, lambda: _open_journal(engine, run_dir, base, plan, found[1] if found else None, options)
     )
@@ -112,6 +112,7 @@ def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) ->
         Durability(
             engine.store,
             engine.channel,
+            engine.layout,
             options.settings,
             journal,
             run_dir / SNAPSHOTS,
@@ -191,7 +192,9 @@ def _tell(engine: ZOEngine, run_dir: Path, plan: _Plan, history: History | None)
 
     raw = engine.channel.broadcast(on_rank_0(engine.channel, encode) or b"")
     snapshot = Path(plan.snapshot) if plan.snapshot is not None and sees else None
-    start = Start(plan.step if sees else 0, snapshot, plan.end)
+    if engine.layout.size > 1 and not everybody:
+        snapshot = None  # the ranks of a replica must do the same
+    start = Start(plan.step if snapshot is not None else 0, snapshot, plan.end)
     return start, history or from_bytes(raw, str(run_dir / JOURNAL))
 
 
@@ -205,7 +208,7 @@ def _usable(snapshot: Path, step: int) -> bool:
 def _catch_up(engine: ZOEngine, start: Start, history: History, options: Options) -> tuple[Resumed, list[Stretch]]:
     if start.snapshot is not None:
         engine.load_weights(read_weights(start.snapshot))
-        if engine.store.state_hash() != read_info(start.snapshot).state_hash:
+        if _hash(engine) != read_info(start.snapshot).state_hash:
             aside = quarantine(start.snapshot) if engine.channel.rank == 0 else start.snapshot
             raise CorruptRunError(
                 "the weights of a snapshot are not those that it was made of",
@@ -219,13 +222,21 @@ def _catch_up(engine: ZOEngine, start: Start, history: History, options: Options
     hashes = {record.step: record.state_hash for record in records if record.state_hash is not None}
     last = max(hashes, default=None)
     for leg in legs(stretches, () if last is None else (last,)):
-        if leg.hash_step is not None and engine.store.state_hash() != hashes[leg.hash_step]:
+        if leg.hash_step is not None and _hash(engine) != hashes[leg.hash_step]:
             options.warn(
                 f"the weights before step {leg.hash_step} had another state hash while the run ran than replay gives: "
                 "they were damaged in memory then; going on from the replayed ones"
             )
         engine.store.apply(leg.plan, leg.noise)
     return Resumed(start.end, start.snapshot, len(records), time.perf_counter() - begun), stretches
+
+
+def _hash(engine: ZOEngine) -> int:
+    """Of this rank's replica; collective only if others hold parts of it, and all ranks do the same then."""
+    if engine.layout.size == 1:
+        return engine.store.state_hash()
+    engine.settle()
+    return agreed_total(engine.channel, engine.layout, engine.store.state_hash(), "the weights while replaying")
 
 
 def _open_journal(

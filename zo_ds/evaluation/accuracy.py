@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from zo_ds.data.examples import Example
 from zo_ds.parallel.channel import Channel
-from zo_ds.parallel.units import units_of_rank
 from zo_ds.tasks.scoring import Batch, Scorer
 
 
@@ -43,6 +42,8 @@ def evaluate(
     batch_size: int,
     channel: Channel,
     device: torch.device | None = None,
+    *,
+    lockstep: bool = False,
 ) -> Evaluation:
     """Score examples at the current weights.
 
@@ -55,13 +56,18 @@ def evaluate(
         batch_size: examples in one forward pass.
         channel: to the other ranks.
         device: where the model runs, the CPU if None.
+        lockstep: every rank must run as many forwards as any other; what is too much is computed and thrown away.
     """
     order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
-    for number in units_of_rank(len(batches), channel.rank, channel.world_size):
-        batch = scorer.encode([examples[index] for index in batches[number]]).to(device or torch.device("cpu"))
-        found[batches[number]] = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
+    rounds = -(-len(batches) // channel.world_size) * channel.world_size
+    for number in range(channel.rank, rounds if lockstep else len(batches), channel.world_size):
+        rows = batches[min(number, len(batches) - 1)]
+        batch = scorer.encode([examples[index] for index in rows]).to(device or torch.device("cpu"))
+        graded = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
+        if number < len(batches):
+            found[rows] = graded
     # Every row is written by one rank and zero on the others.
     total = torch.stack(channel.all_gather(found)).sum(0)
     right, loss = (float(value) for value in total.mean(0))

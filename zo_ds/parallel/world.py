@@ -1,34 +1,48 @@
-"""DeepSpeed in a world of one: set up before anything else asks torch.distributed who is there."""
+"""The world that DeepSpeed sees: this rank alone, or its shard group; set up before anything else asks for it."""
 
 from __future__ import annotations
 
 import os
+import socket
 import warnings
+from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
-from zo_ds.errors import MachineError
+from zo_ds.errors import MachineError, PeerError
+from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.layout import Layout
+
+_NAME_BYTES = 256
 
 
-def enter_world_of_one() -> None:
-    """Make torch.distributed and DeepSpeed see this process alone. Does nothing the second time.
+def enter_world(layout: Layout, channel: Channel, timeout_s: float) -> None:
+    """Make torch.distributed and DeepSpeed see this rank's replica alone; collective. Does nothing the second time.
+
+    A shard group is a world of its own, not a subgroup of one: no collective of DeepSpeed's can leave it.
 
     Raises:
-        MachineError: torch.distributed is already set up with more than one rank.
+        MachineError: torch.distributed is already set up in another way.
+        PeerError: the ranks of a shard group did not find each other.
     """
+    members = layout.size if layout.lockstep else 1
     if dist.is_initialized():
-        if dist.get_world_size() > 1:
+        if dist.get_world_size() != members:
             raise MachineError(
-                "torch.distributed is already set up for several ranks",
+                f"torch.distributed is already set up for {dist.get_world_size()} ranks",
                 where="zo_ds.initialize",
-                why="each rank runs DeepSpeed in a world of one; only scalars cross, on zo_ds's own channel",
+                why=f"DeepSpeed has to see {members} of them; scalars cross on zo_ds's own channel",
                 remedy="call zo_ds.initialize first and drop init_process_group / deepspeed.init_distributed",
             )
         return
+    store = HashStore() if members == 1 else _shared_store(layout, channel, timeout_s)
+    number = layout.member if members > 1 else 0
     # DeepSpeed refuses groups that contradict these; LOCAL_RANK stays, it chooses the device.
-    os.environ.update(RANK="0", WORLD_SIZE="1")
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(members))
+    os.environ.setdefault("LOCAL_RANK", str(channel.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     import deepspeed
@@ -37,16 +51,39 @@ def enter_world_of_one() -> None:
     if get_accelerator().device_name() == "cpu":
         # A CPU without fp16 instructions makes zero.Init turn float32 into bfloat16 (precedence bug in 0.19).
         get_accelerator().is_fp16_supported = lambda: True
-        # Built by compiler on first use, and never needed by a world of one.
+        # Built by compiler on first use, and never needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if get_accelerator().device_name() == "cpu" else get_accelerator().communication_backend_name()
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=store, rank=number, world_size=members, timeout=timedelta(seconds=timeout_s))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed.init_distributed(backend)
 
 
+def _shared_store(layout: Layout, channel: Channel, timeout_s: float) -> Any:
+    """A store that the first rank of each shard group serves, on a port that it tells the others of."""
+    timeout, store = timedelta(seconds=timeout_s), None
+    if layout.member == 0:
+        store = TCPStore("0.0.0.0", 0, layout.size, True, timeout, wait_for_workers=False)
+    port = 0 if store is None else store.port
+    ports = torch.cat(channel.all_gather(torch.tensor([port])))
+    name = socket.gethostname().encode()[:_NAME_BYTES]
+    names = channel.all_gather(torch.tensor(list(name.ljust(_NAME_BYTES, b"\0")), dtype=torch.uint8))
+    leader = layout.members[0]
+    on_this_node = leader >= layout.rank - channel.local_rank
+    host = "127.0.0.1" if on_this_node else bytes(names[leader].tolist()).rstrip(b"\0").decode()
+    try:
+        return store or TCPStore(host, int(ports[leader]), layout.size, False, timeout)
+    except RuntimeError as error:
+        raise PeerError(
+            "the ranks of a shard group did not find each other",
+            where=f"rank {layout.rank}, looking for rank {leader} at {host}:{int(ports[leader])}",
+            why=str(error).splitlines()[0],
+            remedy="check that nodes can reach each other by host name, or keep shard groups within a node",
+        ) from error
+
+
 def leave_world() -> None:
-    """Tear down the world of one; without this a process may abort at exit."""
+    """Tear down DeepSpeed's world; without this a process may abort at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from zo_ds.engine.engine import ZOEngine
 from zo_ds.errors import ConfigError
 from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.channel import Channel
-from zo_ds.parallel.units import units_of_rank
+from zo_ds.parallel.grid import Grid
 from zo_ds.tasks.registry import Task, resolve_task
 from zo_ds.tasks.scoring import SCORERS, Batch, Scorer
 from zo_ds.trainer.report import log
@@ -128,10 +128,10 @@ def settle(engine: ZOEngine, scorer: Scorer, plan: Plan) -> None:
 
 
 def encode_units(
-    examples: Sequence[Example], micro_batch_size: int, scorer: Scorer, channel: Channel, device: torch.device
+    examples: Sequence[Example], micro_batch_size: int, scorer: Scorer, grid: Grid, device: torch.device
 ) -> list[Batch]:
     """The micro-batches of a step that this rank computes, on its device."""
-    mine = units_of_rank(len(examples) // micro_batch_size, channel.rank, channel.world_size)
+    mine = grid.units(len(examples) // micro_batch_size)
     return [scorer.encode(examples[u * micro_batch_size : (u + 1) * micro_batch_size]).to(device) for u in mine]
 
 

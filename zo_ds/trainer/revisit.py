@@ -22,7 +22,7 @@ from zo_ds.journal.recovery import Start, choose_start
 from zo_ds.journal.replay import Replayed, replay_
 from zo_ds.journal.snapshot import committed, verify
 from zo_ds.models.load import LoadedModel, load_model
-from zo_ds.parallel.channel import open_channel
+from zo_ds.parallel.launched import open_channel
 from zo_ds.stores.base import trainable_parameters
 from zo_ds.stores.resident import ResidentStore
 from zo_ds.stores.shards import read_weights
@@ -46,7 +46,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     read_result(run)
     config = load_config(run / "resolved.yaml")
     weights = read_weights(run / "model")
-    channel = open_channel(config.parallel.timeout_s)
+    channel = open_channel(config.parallel.timeout_s, config.parallel.channel)
     use_threads(config.parallel.threads, channel.local_world_size)
     plan = check(config, channel)
     loaded, scorer = load(plan)
@@ -54,7 +54,8 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     settle(engine, scorer, plan)
     engine.load_weights(weights)
     batch_size = config.training.eval_batch_size
-    found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device)
+    lockstep = engine.layout.lockstep
+    found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device, lockstep=lockstep)
     result = {
         "accuracy": found.accuracy,
         "loss": found.loss,

@@ -98,7 +98,7 @@ class Session:
             self._keep_best(self._engine.steps_done)
         while self._engine.steps_done < training.steps:
             examples = [self._plan.splits.train[index] for index in sampler.indices(self._engine.steps_done)]
-            out = self._engine.step(self._units(examples))
+            out = self._engine.step(self._units(examples), self._spare(examples))
             self._guard.progress()
             evaluations = out.forwards // (training.batch_size // training.micro_batch_size)
             progress.step(out, evaluations * sum(map(self._scorer.length, examples)))
@@ -158,12 +158,20 @@ class Session:
 
     def _units(self, examples: list[Example]) -> list[Batch]:
         micro = self._plan.config.training.micro_batch_size
-        return encode_units(examples, micro, self._scorer, self._channel, self._engine.device)
+        return encode_units(examples, micro, self._scorer, self._engine.grid, self._engine.device)
+
+    def _spare(self, examples: list[Example]) -> Batch | None:
+        if not self._engine.layout.lockstep:
+            return None
+        micro = self._plan.config.training.micro_batch_size
+        return self._scorer.encode(examples[:micro]).to(self._engine.device)
 
     def _evaluate(self, split: str, note: str, step: int) -> Evaluation:
         examples = {"dev": self._plan.splits.dev, "test": self._plan.splits.test}[split]
         batch_size = self._plan.config.training.eval_batch_size
-        found = evaluate(self._call, self._scorer, examples, batch_size, self._channel, self._engine.device)
+        lockstep = self._engine.layout.lockstep
+        device = self._engine.device
+        found = evaluate(self._call, self._scorer, examples, batch_size, self._channel, device, lockstep=lockstep)
         if self._progress is not None:
             self._progress.evaluation(step, split, found)
         log.info(

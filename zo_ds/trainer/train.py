@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from zo_ds.engine.resume import Options, Resumed, open_run
 from zo_ds.errors import ConfigError, MachineError, PeerError, StoppedError, ZODSError
 from zo_ds.models.load import LoadedModel
 from zo_ds.ops.builder import Report
-from zo_ds.parallel.channel import Channel, agree, on_rank_0, open_channel
+from zo_ds.parallel.channel import Channel, agree, on_rank_0
+from zo_ds.parallel.launched import launched, open_channel
 from zo_ds.tasks.scoring import Scorer
 from zo_ds.trainer.environment import describe, op_reports, use_threads
 from zo_ds.trainer.health import Guard, local_peers
@@ -64,9 +64,9 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
         ZODSError: see the subclasses; the run directory's log has the same message.
     """
     started = time.perf_counter()
-    # Before DeepSpeed's world of one sets the variable itself.
-    launched = "RANK" in os.environ
-    channel = open_channel(config.parallel.timeout_s)
+    # Before DeepSpeed's world sets the variables itself.
+    by_launcher = launched()
+    channel = open_channel(config.parallel.timeout_s, config.parallel.channel)
     threads = use_threads(config.parallel.threads, channel.local_world_size)
     start_logging(channel.rank)
     compiled = op_reports()
@@ -96,7 +96,7 @@ def train(config: ZOConfig, given: str, overrides: list[str]) -> Path | None:
             run_dir.write("state.json", opening.state.to_json())
         if not opening.forked:
             explain()
-        job = _Job(plan, loaded, scorer, channel, run_dir, opening, launched, started, explain)
+        job = _Job(plan, loaded, scorer, channel, run_dir, opening, by_launcher, started, explain)
         try:
             result = _run(job)
             if run_dir is not None:
