@@ -61,7 +61,7 @@ def open_engine(config_path: Path) -> tuple[ZOEngine, Callable[[int], list[Batch
     channel = open_channel(60.0)
     plan = check(config, channel)
     loaded, scorer = load(plan)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
+    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
     settle(engine, scorer, plan)
     sampler = make_sampler(config, plan.splits, scorer)
 

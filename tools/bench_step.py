@@ -110,7 +110,9 @@ class Quickstart:
         loaded, self.scorer = load(self._plan)
         self._sampler = make_sampler(config, self._plan.splits, self.scorer)
         self.model = loaded.module
-        self.engine = zo_ds.initialize(loaded.module, config, loss_fn=self.scorer.loss, channel=self._channel)
+        self.engine = zo_ds.initialize(
+            loaded.module, config, loss_fn=self.scorer.loss, channel=self._channel, weights=loaded.source
+        )
         if forward == "batched":
             settle(self.engine, self.scorer, self._plan)
 

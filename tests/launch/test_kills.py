@@ -103,7 +103,7 @@ SECOND_LIFE = [
     *around("os.replace", about="/.state.json"),
     *around("zo_ds.trainer.train.open_run"),
     Point("zo_ds.engine.resume.choose_start", after=True),
-    Point("zo_ds.engine.resume.read_weights", after=True),
+    Point("zo_ds.engine.resume.folder_files", after=True),
     *around(f"{ENGINE}.went_on"),
     *around("zo_ds.engine.resume.drop_later"),
     *around(f"{JOURNAL}.Journal.reopen"),

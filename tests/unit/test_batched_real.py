@@ -15,6 +15,8 @@ from zo_ds.forward.displacement import Place
 from zo_ds.maths.directions import NoiseStructure
 from zo_ds.maths.estimators import Estimator, EstimatorSpec, probes, verdict
 from zo_ds.parallel.channel import SoloChannel
+from zo_ds.parallel.grid import Grid
+from zo_ds.stores.resident import fill_in_place
 from zo_ds.tasks.scoring import Batch, Scorer
 from zo_ds.trainer.job import check, encode_units, load, make_sampler
 
@@ -37,10 +39,11 @@ def real() -> Real:
     config, channel = load_config(RECIPE, ["data.test_examples=8", "data.dev_examples=8"]), SoloChannel()
     plan = check(config, channel)
     loaded, scorer = load(plan)
+    fill_in_place(loaded.module, loaded.source)
     indices = make_sampler(config, plan.splits, scorer).indices(0)
     # Sentences of several lengths, so that packing has something to do.
     examples = [*[plan.splits.train[index] for index in indices[:4]], *plan.splits.train[:4]]
-    (padded,) = encode_units(examples, 8, scorer, channel, torch.device("cpu"))
+    (padded,) = encode_units(examples, 8, scorer, Grid(0, 1, 1), torch.device("cpu"))
 
     def call(function: Any, batch: Batch) -> Tensor:
         with torch.inference_mode():
@@ -48,7 +51,7 @@ def real() -> Real:
         return found
 
     scorer.settle(loaded.module, call, plan.splits.train[:4], torch.device("cpu"))
-    (batch,) = encode_units(examples, 8, scorer, channel, torch.device("cpu"))
+    (batch,) = encode_units(examples, 8, scorer, Grid(0, 1, 1), torch.device("cpu"))
     return Real(loaded.module, scorer, batch, padded)
 
 

@@ -16,6 +16,7 @@ from tests.launch import jobs
 from zo_ds.config.schema import ModelConfig
 from zo_ds.errors import ConfigError, DataError
 from zo_ds.models.load import LoadedModel, load_model, model_source
+from zo_ds.stores.resident import fill_in_place
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 40,
@@ -39,7 +40,9 @@ def with_encoder(folder: Path, model: nn.Module) -> Path:
 
 
 def load(folder: Path | str, labels: int = 2, **settings: Any) -> LoadedModel:
-    return load_model(ModelConfig(path=str(folder), **settings), labels)
+    loaded = load_model(ModelConfig(path=str(folder), **settings), labels)
+    fill_in_place(loaded.module, loaded.source)
+    return loaded
 
 
 def refused(path: Path | str, labels: int = 2, where: str = "", **settings: Any) -> DataError:
@@ -170,7 +173,7 @@ def test_a_damaged_file(folder: Path, name: str, content: bytes) -> None:
 @pytest.mark.parametrize("content", [b"short", b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense" * 9])
 def test_damaged_weights(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder)
+    refused(folder, where=str(folder / "model.safetensors"))
 
 
 def test_weights_of_another_shape(folder: Path) -> None:

@@ -30,7 +30,7 @@ from zo_ds.journal.history import read_journal
 from zo_ds.journal.replay import replay_
 from zo_ds.journal.snapshot import committed, read_info, verify
 from zo_ds.parallel.channel import Channel, SoloChannel
-from zo_ds.stores.shards import read_weights
+from zo_ds.tensor_files import folder_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEVER = JournalConfig(snapshot_replay_s=1e9)
@@ -218,7 +218,7 @@ def test_a_snapshot_is_the_weights_of_its_step_though_training_goes_on(
     durability(engine).wait()
     (folder,) = committed(tmp_path / "snapshots")
     fresh = open_engine(forward=forward)
-    fresh.load_weights(read_weights(folder))
+    fresh.load_weights(dict(folder_files(folder).tensors()))
     assert (fresh.digest(), verify(folder).step) == (digest, 2)
     engine.close_journal()
     again = open_engine(forward=forward)

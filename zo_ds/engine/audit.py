@@ -41,14 +41,16 @@ class Auditor:
             since: what was applied since it was taken.
         """
         blocks = [
-            (parameter, info, start)
+            (parameter, info, start, count)
             for parameter, info in self._store.parameters.items()
-            for start in range(0, info.numel, BLOCK_ELEMENTS)
+            for start, count in _blocks(*self._store.held(parameter))
         ]
-        parameter, info, start = blocks[self._next % len(blocks)]
+        if not blocks:
+            return
+        parameter, info, start, count = blocks[self._next % len(blocks)]
         self._next += 1
         try:
-            wanted = _saved_block(snapshot, info, start)
+            wanted = _saved_block(snapshot, info, start, count)
         except (OSError, CorruptRunError) as error:
             self._warn(f"the snapshot cannot be read any more and is set aside: {error} ({quarantine(snapshot)})")
             return
@@ -67,11 +69,16 @@ class Auditor:
                 self.repaired += 1
 
 
-def _saved_block(snapshot: Path, info: ParamInfo, start: int) -> Tensor:
+def _blocks(first: int, count: int) -> list[tuple[int, int]]:
+    """(start, length) of the blocks of a stretch of elements."""
+    last = first + count
+    return [(at, min(BLOCK_ELEMENTS, last - at)) for at in range(first, last, BLOCK_ELEMENTS)]
+
+
+def _saved_block(snapshot: Path, info: ParamInfo, start: int, count: int) -> Tensor:
     files = {file.name: file for file in files_of(snapshot)}
     place = places(snapshot, files)[info.name]
     width = place.count // max(1, info.numel)
-    count = min(BLOCK_ELEMENTS, info.numel - start)
     raw = read_checked(snapshot, files[place.file], place.start + start * width, count * width)
     return torch.frombuffer(bytearray(raw), dtype=info.dtype)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+import torch
 
 from zo_ds.config.schema import JournalConfig
 from zo_ds.engine.audit import Auditor
+from zo_ds.engine.export import every_entry_read
 from zo_ds.engine.snapshots import SnapshotWriter
 from zo_ds.errors import MachineError
 from zo_ds.journal.history import Stretch
@@ -33,6 +37,7 @@ class Durability:
         replay_s: how long that took.
         extras: writes the model's configuration and tokenizer into a folder.
         warn: told what went wrong.
+        patience: entered while something may take as long as setting up.
     """
 
     def __init__(
@@ -49,8 +54,9 @@ class Durability:
         replay_s: float = 0.0,
         extras: Callable[[Path], None] | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        patience: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.journal = journal
+        self.journal, self._patience = journal, patience
         self._store, self._channel, self._layout, self._settings, self._warn = store, channel, layout, settings, warn
         self._writer = SnapshotWriter(snapshots, settings.keep_snapshots, extras, warn)
         self._auditor = Auditor(store, warn)
@@ -69,9 +75,30 @@ class Durability:
         what = f"the weights before step {step}"
         found = agreed_total(self._channel, self._layout, self._store.state_hash(), what)
         # Only weights that all ranks agree on are worth a snapshot.
-        if self._replay_s > self._settings.snapshot_replay_s and not self._writer.busy:
+        due = self.journal is not None and self._replay_s > self._settings.snapshot_replay_s and not self._writer.busy
+        if self._together:
+            with self._patience():
+                self._snapshot_together(found, due)
+        elif due:
             self.snapshot(found)
         return found
+
+    @property
+    def _together(self) -> bool:
+        """Whether it takes other ranks to read the weights; all ranks find the same."""
+        return self._layout.lockstep
+
+    def _snapshot_together(self, state_hash: int, due: bool) -> None:
+        info = self._prepare(state_hash) if due else None
+        if not bool(self._channel.all_gather(torch.tensor([info is not None]))[0]):
+            return
+        if info is not None:
+            with every_entry_read(self._store) as entries:
+                self._writer.start(info, entries)
+                self._writer.wait_until_read()
+        elif self._layout.replica == 0:
+            self._store.take_part()
+        self._channel.barrier()
 
     def commit(self, record: StepRecord) -> None:
         """Make a step durable. Until then nobody may apply it.
@@ -109,30 +136,41 @@ class Durability:
         Args:
             state_hash: of these weights, if it is known.
         """
-        if self.journal is None:
+        if self._together:
+            self._snapshot_together(self._whole_hash() if state_hash is None else state_hash, self.journal is not None)
             return
+        info = self._prepare(state_hash)
+        if info is not None:
+            self._writer.start(info, self._store.views())
+
+    def _whole_hash(self) -> int:
+        return agreed_total(self._channel, self._layout, self._store.state_hash(), "the weights")
+
+    def _prepare(self, state_hash: int | None) -> SnapshotInfo | None:
+        """Give the snapshot that is to begin its place in the journal; None if there shall be none."""
+        if self.journal is None:
+            return None
         self._replay_s = 0.0
         self._take_note(self._writer.finish())
         if (
             self._newest is not None
             and self._newest.name == folder_of(self._newest.parent, self.journal.next_step).name
         ):
-            return
+            return None
         before = self.journal.header
         try:
             self.journal.rotate()
         except MachineError as error:
             self._warn(f"no snapshot: {error.what}; training goes on, the journal is safe")
-            return
+            return None
         self._since.append(Stretch(before, tuple(self._pending)))
         self._pending = []
-        info = SnapshotInfo(
+        return SnapshotInfo(
             self.journal.header.run_id,
             self.journal.next_step,
             self._store.state_hash() if state_hash is None else state_hash,
             *self.journal.position,
         )
-        self._writer.start(info, self._store.views())
 
     def wait(self) -> None:
         """Return when the snapshot under way is on disk."""

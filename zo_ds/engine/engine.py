@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
 from zo_ds.engine.measure import Measured, Measurement
-from zo_ds.errors import ConfigError, NonFiniteError, PeerError, StoppedError, ZODSError
+from zo_ds.errors import ConfigError, CorruptRunError, NonFiniteError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
+from zo_ds.journal.history import History
 from zo_ds.journal.records import StepRecord
+from zo_ds.journal.replay import legs
 from zo_ds.maths.estimators import SkipReason, Verdict, probes, verdict
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
@@ -30,7 +32,8 @@ from zo_ds.parallel.channel import Channel, agree
 from zo_ds.parallel.grid import Grid
 from zo_ds.parallel.layout import Kind, Layout
 from zo_ds.parallel.world import leave_world
-from zo_ds.stores.base import WeightStore
+from zo_ds.stores.base import Traffic, WeightStore
+from zo_ds.tensor_files import Source
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class StepOutput:
         forwards: forward passes of the whole job, in units of work.
         seconds: wall time.
         sent: bytes that this rank gave to others, without what the network adds.
+        traffic: bytes of weights that this rank moved.
     """
 
     step: int
@@ -59,6 +63,7 @@ class StepOutput:
     forwards: int
     seconds: float
     sent: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class ZOEngine:
@@ -152,7 +157,7 @@ class ZOEngine:
             MachineError: the journal could not be written; nothing was applied.
             StoppedError: a rank was asked to stop; the step is done and durable.
         """
-        started, sent = time.perf_counter(), self.channel.sent
+        started, sent, moved = time.perf_counter(), self.channel.sent, self.store.traffic.copy()
         units = batch if isinstance(batch, list) else [batch]
         if self._off_journal:
             raise ConfigError(
@@ -191,6 +196,7 @@ class ZOEngine:
             forwards,
             seconds,
             self.channel.sent - sent,
+            self.store.traffic.since(moved),
         )
 
     def losses(self, batch: Batch) -> Tensor:
@@ -220,14 +226,39 @@ class ZOEngine:
         """
         if self.channel.rank == 0:
             save_pretrained(self.store, Path(folder), tokenizer, note)
+        elif self.layout.replica == 0 and self.store.collective:
+            self.store.take_part()
         self.channel.barrier()
 
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the trained weights by name, for example with those of the best step."""
+    def load_weights(self, weights: Mapping[str, Tensor] | Source) -> None:
+        """Overwrite the trained weights, for example with those of the best step; collective.
+
+        Args:
+            weights: whole parameters by name, or what fills each one's part that this rank holds.
+        """
         if self._durability is not None:
             self._durability.before_apply()
             self._off_journal = True
-        self.store.load(tensors)
+        if isinstance(weights, Mapping):
+            self.store.load(weights)
+        else:
+            self.store.fill(weights)
+        self.settle()
+
+    def replay(self, history: History) -> None:
+        """Apply a journal to the base weights, which must be loaded; collective, outside of the run's own journal.
+
+        Raises:
+            CorruptRunError: these are not the base weights of the journal.
+        """
+        if self.digest() != history.header.base_sha256:
+            raise CorruptRunError(
+                "these are not the weights the run started from",
+                where="base model",
+                remedy="use the same base model, dtype and revision as the run (see resolved.yaml)",
+            )
+        for leg in legs(history.stretches(0, history.segments[-1].end_step)):
+            self.store.apply(leg.plan, leg.noise)
         self.settle()
 
     def settle(self) -> None:
@@ -238,6 +269,7 @@ class ZOEngine:
     def close(self) -> None:
         """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
         self.close_journal()
+        self.store.close()
         self.channel.close()
         leave_world()
 

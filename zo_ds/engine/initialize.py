@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import psutil
 import torch
 from torch import nn
 
-from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed, without_nvme
+from zo_ds.config.deepspeed import block, read_deepspeed, resolve_deepspeed
 from zo_ds.config.load import validate
 from zo_ds.config.schema import ParallelConfig, ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
 from zo_ds.engine.measure import Measurement
+from zo_ds.engine.placement import open_store
 from zo_ds.engine.resume import Options, open_own_run
 from zo_ds.errors import ConfigError
 from zo_ds.forward.batched import BatchedEvaluator
@@ -31,9 +31,8 @@ from zo_ds.parallel.grid import Grid, make_grid
 from zo_ds.parallel.launched import open_channel
 from zo_ds.parallel.layout import Kind, Layout, choose_layout
 from zo_ds.parallel.world import enter_world
-from zo_ds.stores.base import WeightStore, trainable_parameters
-from zo_ds.stores.resident import ResidentStore
-from zo_ds.stores.zero3 import Zero3Store, move_to_disk, partition
+from zo_ds.stores.base import WeightStore
+from zo_ds.tensor_files import Source
 
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +45,7 @@ def initialize(
     channel: Channel | None = None,
     run_dir: str | Path | None = None,
     parallel: ParallelConfig | Mapping[str, Any] | None = None,
+    weights: Source | None = None,
 ) -> ZOEngine:
     """Hand a model to DeepSpeed and get a zeroth-order engine for it.
 
@@ -60,6 +60,7 @@ def initialize(
         run_dir: journal every step there; if it holds a run of this model, go on with it: `engine.steps_done` tells
             from where. None: no journal, unless `zo_ds.engine.resume.open_run` is called.
         parallel: the settings of a recipe's `parallel` section, if config is not a `ZOConfig`.
+        weights: fills parameters that are on the meta device, see `zo_ds.models.load.load_model`.
 
     Raises:
         ConfigError: the configuration is refused, or is not that of the run in run_dir.
@@ -83,7 +84,7 @@ def initialize(
     grid = _grid(asked, channel, chunk)
     layout = _layout(model, resolved, asked.parallel, channel)
     enter_world(layout, channel, asked.parallel.timeout_s)
-    store, engine = _open_store(model, resolved, zeroth_order)
+    store, engine = open_store(model, resolved, zeroth_order.noise, layout, channel, weights)
     perturber = Perturber(model, store.parameters, store.structure)
     device_type = torch.device(engine.device).type
     evaluator = _evaluator(zeroth_order, perturber, store, loss_fn or model_loss, device_type)
@@ -176,30 +177,3 @@ def _cast(model: nn.Module, tree: Mapping[str, Any]) -> None:
             for parameter in model.parameters():
                 if parameter.is_floating_point() and parameter.dim() >= 2:
                     parameter.data = parameter.data.to(dtype)
-
-
-def _open_store(
-    model: nn.Module, resolved: dict[str, Any], config: ZerothOrderConfig
-) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 0:
-            raise ConfigError(
-                "DeepSpeed cannot hold a parameter without dimensions", where=name, remedy="give it the shape [1]"
-            )
-        parameter.data = parameter.data.contiguous()
-    parameters = trainable_parameters(model)
-    told, disk = without_nvme(resolved)
-    sharded = told["zero_optimization"]["stage"] == 3
-    if sharded:
-        partition(model, told)
-    engine, *_ = deepspeed.initialize(model=model, config=told)
-    if disk is not None:
-        move_to_disk(model.parameters(), disk)
-    # They pass every input through autograd, which no forward here needs and which changes what a module sees:
-    # `query is key` no longer holds, and attention takes another kernel than with resident weights.
-    for hook in getattr(engine.optimizer, "backward_hooks", []):
-        hook.remove()
-    engine.eval()
-    if sharded:
-        return Zero3Store(model, parameters, config.noise), engine
-    return ResidentStore(model, parameters, config.noise), engine

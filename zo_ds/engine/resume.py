@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from zo_ds.journal.stream import from_bytes, to_bytes
 from zo_ds.maths.estimators import SkipReason
 from zo_ds.parallel.channel import agree, on_rank_0
 from zo_ds.parallel.layout import agreed_total
-from zo_ds.stores.shards import read_weights
+from zo_ds.tensor_files import folder_files
 from zo_ds.version import VERSION
 
 JOURNAL = "journal"
@@ -68,6 +69,7 @@ class Options:
         fork: go on although the constants of the estimator differ from those of the run so far.
         extras: writes the model's configuration and tokenizer beside the weights of a snapshot.
         warn: told what was damaged.
+        patience: entered while something may take as long as setting up.
     """
 
     settings: JournalConfig = field(default_factory=JournalConfig)
@@ -76,6 +78,7 @@ class Options:
     fork: bool = False
     extras: Callable[[Path], None] | None = None
     warn: Callable[[str], None] = lambda text: None
+    patience: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) -> Resumed:
@@ -121,6 +124,7 @@ def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) ->
             replay_s=resumed.seconds,
             extras=options.extras,
             warn=options.warn,
+            patience=options.patience,
         )
     )
     return resumed
@@ -207,7 +211,7 @@ def _usable(snapshot: Path, step: int) -> bool:
 
 def _catch_up(engine: ZOEngine, start: Start, history: History, options: Options) -> tuple[Resumed, list[Stretch]]:
     if start.snapshot is not None:
-        engine.load_weights(read_weights(start.snapshot))
+        engine.load_weights(folder_files(start.snapshot).read)
         if _hash(engine) != read_info(start.snapshot).state_hash:
             aside = quarantine(start.snapshot) if engine.channel.rank == 0 else start.snapshot
             raise CorruptRunError(

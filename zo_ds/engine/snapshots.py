@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zo_ds.journal.snapshot import SnapshotInfo, purge, write_snapshot
+from zo_ds.stores.base import Stored
 
 
 class SnapshotWriter:
@@ -34,7 +35,7 @@ class SnapshotWriter:
         """Whether a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, info: SnapshotInfo, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def start(self, info: SnapshotInfo, tensors: Sequence[tuple[str, Tensor | Stored]]) -> None:
         """Begin a snapshot of these tensors, which must not change before `wait_until_read` returns."""
         self.finish()
         self._read.clear()
@@ -62,7 +63,7 @@ class SnapshotWriter:
             return None
         return self._outcome
 
-    def _write(self, info: SnapshotInfo, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def _write(self, info: SnapshotInfo, tensors: Sequence[tuple[str, Tensor | Stored]]) -> None:
         try:
             self._outcome = write_snapshot(self._folder, info, tensors, extras=self._extras, on_read=self._read.set)
             for problem in purge(self._folder, self._keep):

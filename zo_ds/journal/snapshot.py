@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zo_ds.errors import CorruptRunError
 from zo_ds.files import discard, make_folder, remove_folder, sync, write_atomically
+from zo_ds.stores.base import Stored
 from zo_ds.stores.shards import BLOCK, WrittenFile, write_weights
 
 SNAPSHOT_VERSION = 1
@@ -51,7 +52,7 @@ def folder_of(parent: Path, step: int) -> Path:
 def write_snapshot(
     parent: Path,
     info: SnapshotInfo,
-    tensors: Sequence[tuple[str, Tensor]],
+    tensors: Sequence[tuple[str, Tensor | Stored]],
     *,
     extras: Callable[[Path], None] | None = None,
     on_read: Callable[[], None] | None = None,

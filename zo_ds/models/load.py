@@ -15,6 +15,8 @@ from torch import nn
 from zo_ds.config.schema import ModelConfig
 from zo_ds.errors import DataError
 from zo_ds.models.catalog import model_dir
+from zo_ds.models.checkpoint import open_checkpoint, source_of
+from zo_ds.tensor_files import Source
 
 _CLASSES = {
     "causal_lm": transformers.AutoModelForCausalLM,
@@ -31,16 +33,18 @@ class LoadedModel:
     """A model with what belongs to it.
 
     Attributes:
-        module: on the CPU, in evaluation mode.
+        module: in evaluation mode; its parameters are on the CPU, or on the meta device until they are filled.
         tokenizer: a fast tokenizer.
         head: causal_lm, masked_lm or sequence_classification.
         max_tokens: the longest sequence it takes.
+        source: fills the parameters with the base weights; None: `module` has them, and changes with training.
     """
 
     module: nn.Module
     tokenizer: Any
     head: str
     max_tokens: int
+    source: Source | None = None
 
 
 def model_source(path: str) -> str:
@@ -87,14 +91,11 @@ def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
         head = config.head if config.head != "auto" else _head_of(settings)
         extra = {"num_labels": num_labels} if head == "sequence_classification" else {}
         _check_labels(settings, head, num_labels)
-        module, report = _CLASSES[head].from_pretrained(
-            source,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **common,
-            **extra,
-        )
+        if extra:
+            settings = transformers.AutoConfig.from_pretrained(source, **common, **extra)
+        dtype = getattr(torch, config.dtype)
+        opened = open_checkpoint(_CLASSES[head], source, settings, dtype, config.revision)
+        module, fill = opened or (_load_whole(_CLASSES[head], source, dtype, **common, **extra), None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise DataError(
@@ -103,11 +104,26 @@ def load_model(config: ModelConfig, num_labels: int) -> LoadedModel:
             why=str(error).strip().splitlines()[0],
             remedy="check the path or hub name; hub models need a network or a filled cache, and safetensors weights",
         ) from error
+    return LoadedModel(module.eval(), tokenizer, head, _max_tokens(settings, tokenizer), fill)
+
+
+def base_source(config: ModelConfig, num_labels: int, loaded: LoadedModel) -> Source:
+    """What gives the base weights again, after training has changed those of the model.
+
+    Raises:
+        DataError: see `load_model`.
+    """
+    return loaded.source or source_of(load_model(config, num_labels).module)
+
+
+def _load_whole(kind: Any, source: str, dtype: torch.dtype, **how: Any) -> nn.Module:
+    module, report = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True, **how)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name in report["missing_keys"]:
                 parameter.zero_()
-    return LoadedModel(module.eval(), tokenizer, head, _max_tokens(settings, tokenizer))
+    whole: nn.Module = module
+    return whole
 
 
 def _check_labels(settings: Any, head: str, num_labels: int) -> None:

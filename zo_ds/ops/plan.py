@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ class Plan:
             torch.tensor([term.direction for term in terms], dtype=torch.int64),
             torch.tensor([term.coefficient for term in terms], dtype=torch.float32),
         )
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan]) -> Plan:
+        """All updates of some plans, in order."""
+        parts = zip(*[[getattr(plan, entry.name) for entry in fields(cls)] for plan in plans], strict=True)
+        return plans[0] if len(plans) == 1 else cls(*[torch.cat(part) for part in parts])
 
 
 def signed(seed: int) -> int:

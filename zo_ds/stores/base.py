@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,51 @@ from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
 from zo_ds.ops import api as ops
 from zo_ds.ops.plan import Plan
+from zo_ds.tensor_files import Source
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is not whole in this process's memory.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        read: gives a copy of it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Traffic:
+    """Bytes of weights that this rank has moved since it began.
+
+    Attributes:
+        link: from host memory to the device.
+        gathered: from the other ranks of its shard group.
+        disk_read: from the disk.
+        disk_written: to the disk.
+    """
+
+    link: int = 0
+    gathered: int = 0
+    disk_read: int = 0
+    disk_written: int = 0
+
+    def copy(self) -> Traffic:
+        """These numbers, which do not grow."""
+        return replace(self)
+
+    def since(self, before: Traffic) -> Traffic:
+        """What has been moved since then."""
+        return Traffic(*[getattr(self, entry.name) - getattr(before, entry.name) for entry in fields(self)])
 
 
 def trainable_parameters(model: nn.Module) -> dict[nn.Parameter, ParamInfo]:
@@ -56,6 +103,26 @@ def trainable_parameters(model: nn.Module) -> dict[nn.Parameter, ParamInfo]:
     return infos
 
 
+def materialise(model: nn.Module, make: Callable[[Sequence[int], torch.dtype], Tensor]) -> None:
+    """Put other parameters in place of those on the meta device, ties kept.
+
+    Args:
+        model: the model.
+        make: gives the tensor for a shape and dtype.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in made:
+                # Trained vectors are held in fp32, see `trainable_parameters`.
+                wide = parameter.requires_grad and parameter.dim() < 2 and parameter.is_floating_point()
+                data = make(parameter.shape, torch.float32 if wide else parameter.dtype)
+                made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            module._parameters[key] = made[parameter]
+
+
 class WeightStore(ABC):
     """Holds theta, or this rank's shard of it.
 
@@ -71,6 +138,7 @@ class WeightStore(ABC):
         self.module = module
         self.parameters = dict(parameters)
         self.structure = structure
+        self.traffic = Traffic()
 
     @abstractmethod
     def local_shard(self, parameter: nn.Parameter) -> AbstractContextManager[tuple[int, Tensor]]:
@@ -104,6 +172,13 @@ class WeightStore(ABC):
                 total += ops.state_hash(flat, info.site(self.structure, start))
         return total & 0xFFFFFFFFFFFFFFFF
 
+    def fill(self, source: Source) -> None:
+        """Overwrite every parameter, frozen ones too, by what a source gives for this rank's part of it."""
+        for name, parameter in self.module.named_parameters():
+            with self.local_shard(parameter) as (start, flat):
+                if flat.numel():
+                    source(name, start, flat)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite trainable parameters by name.
 
@@ -121,23 +196,41 @@ class WeightStore(ABC):
             with self.local_shard(parameter) as (start, flat):
                 flat.copy_(tensors[info.name].view(-1).narrow(0, start, flat.numel()))
 
+    @property
+    def collective(self) -> bool:
+        """Whether a whole parameter can only be read if all ranks of the replica read it; see `take_part`."""
+        return False
+
+    def held(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """What `local_shard` would give: (index of the first element, number of elements)."""
+        return 0, self.parameters[parameter].numel
+
     @abstractmethod
-    def view(self, parameter: nn.Parameter) -> Tensor:
+    def view(self, parameter: nn.Parameter) -> Tensor | Stored:
         """The whole parameter where it lies, without a copy: nothing but `apply` and `load` changes what it shows."""
 
-    def views(self) -> list[tuple[str, Tensor]]:
+    def views(self) -> list[tuple[str, Tensor | Stored]]:
         """Every entry of the model's state dict, frozen ones and buffers included; tied weights once, see `view`.
 
         To be called between forwards, which show displaced copies in the module; the views themselves stay right.
         """
         first = {parameter: name for name, parameter in self.module.named_parameters()}
-        entries: list[tuple[str, Tensor]] = []
+        entries: list[tuple[str, Tensor | Stored]] = []
         for name, value in self.module.state_dict(keep_vars=True).items():
             if not isinstance(value, nn.Parameter):
                 entries.append((name, value.detach()))
             elif first.get(value, name) == name:
                 entries.append((name, self.view(value)))
         return entries
+
+    def take_part(self) -> None:
+        """Read every entry of `views` and let go of it, so that another rank of the replica can have them all."""
+        for _, held in self.views():
+            if isinstance(held, Stored):
+                held.read()
+
+    def close(self) -> None:  # noqa: B027  # most stores have nothing to let go of
+        """Let go of files; the weights are gone then."""
 
     def digest(self) -> str:
         """SHA-256 of the trained weights, see `weights_sha256`."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from zo_ds.stores.base import WeightStore
+from zo_ds.stores.base import WeightStore, materialise
+from zo_ds.tensor_files import Source
+
+
+def fill_in_place(model: nn.Module, source: Source | None) -> None:
+    """Give a model on the meta device its weights in host memory; does nothing if it has them (source is None)."""
+    materialise(model, lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+    if source is not None:
+        for name, parameter in model.named_parameters():
+            source(name, 0, parameter.data.view(-1))
 
 
 class ResidentStore(WeightStore):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from zo_ds.errors import CorruptRunError, DataError
+from zo_ds.errors import CorruptRunError
 from zo_ds.files import sync_handle, write_all
+from zo_ds.stores.base import Stored
 
 SHARD_BYTES = 5 * 2**30
 BLOCK = 16 * 2**20
@@ -52,7 +52,7 @@ class WrittenFile:
 
 
 def write_weights(
-    folder: Path, tensors: Sequence[tuple[str, Tensor]], *, on_read: Callable[[], None] | None = None
+    folder: Path, tensors: Sequence[tuple[str, Tensor | Stored]], *, on_read: Callable[[], None] | None = None
 ) -> list[WrittenFile]:
     """Write model.safetensors, or shards of it with their index, and make them durable.
 
@@ -64,7 +64,7 @@ def write_weights(
     Raises:
         OSError: the disk refused it.
     """
-    shards: list[list[tuple[str, Tensor]]] = [[]]
+    shards: list[list[tuple[str, Tensor | Stored]]] = [[]]
     held = 0
     for name, tensor in tensors:
         if held and held + tensor.nbytes > SHARD_BYTES:
@@ -99,7 +99,7 @@ def write_weights(
     return files
 
 
-def _write_shard(handle: int, name: str, shard: Sequence[tuple[str, Tensor]]) -> WrittenFile:
+def _write_shard(handle: int, name: str, shard: Sequence[tuple[str, Tensor | Stored]]) -> WrittenFile:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, tensor in shard:
@@ -113,8 +113,9 @@ def _write_shard(handle: int, name: str, shard: Sequence[tuple[str, Tensor]]) ->
     text += b" " * (-len(text) % 8)
     sink = _Sink(handle)
     sink.write(memoryview(struct.pack("<Q", len(text)) + text))
-    for _, tensor in shard:
-        if tensor.numel():
+    for _, held in shard:
+        if held.nbytes:
+            tensor = held.read() if isinstance(held, Stored) else held
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
             sink.write(flat.numpy().data)
     return WrittenFile(name, sink.at, sink.close())
@@ -147,22 +148,6 @@ class _Sink:
     def _next(self) -> None:
         self._blocks.append(self._digest.hexdigest())
         self._digest = hashlib.sha256()
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files.
-
-    Raises:
-        DataError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError("there is no model", where=str(folder), remedy="the run must finish an evaluation to keep one")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-    return tensors
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
@@ -118,6 +119,8 @@ class Progress:
             "forwards_per_s": out.forwards / out.seconds,
             "tokens_per_s": tokens / out.seconds,
             "memory_gib": memory_gib(),
+            "sent_bytes": out.sent,
+            **{f"{name}_bytes": value for name, value in asdict(out.traffic).items() if value},
             "seconds": out.seconds,
         }
         self._emit("train", out.step + 1, values, skip=out.skip.value if out.skip else None)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from zo_ds.config.load import load_config
 from zo_ds.config.schema import ModelConfig
 from zo_ds.engine.export import save_pretrained
@@ -24,8 +22,8 @@ from zo_ds.journal.snapshot import committed, verify
 from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.parallel.launched import open_channel
 from zo_ds.stores.base import trainable_parameters
-from zo_ds.stores.resident import ResidentStore
-from zo_ds.stores.shards import read_weights
+from zo_ds.stores.resident import ResidentStore, fill_in_place
+from zo_ds.tensor_files import folder_files
 from zo_ds.trainer.environment import use_threads
 from zo_ds.trainer.job import check, load, settle
 from zo_ds.trainer.report import clock, log
@@ -45,14 +43,14 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     """
     read_result(run)
     config = load_config(run / "resolved.yaml")
-    weights = read_weights(run / "model")
+    weights = folder_files(run / "model")
     channel = open_channel(config.parallel.timeout_s, config.parallel.channel)
     use_threads(config.parallel.threads, channel.local_world_size)
     plan = check(config, channel)
     loaded, scorer = load(plan)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
+    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=weights.read)
     settle(engine, scorer, plan)
-    engine.load_weights(weights)
+    engine.load_weights(weights.read)
     batch_size = config.training.eval_batch_size
     lockstep = engine.layout.lockstep
     found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device, lockstep=lockstep)
@@ -104,17 +102,16 @@ def rebuild(
         ZODSError: see `replay_` and `load_model`.
     """
     loaded = load_model(config, classes)
-    parameters = trainable_parameters(loaded.module)
-    tensors: dict[str, Tensor] = {}
-    for parameter, info in parameters.items():
-        parameter.data = parameter.data.contiguous()
-        tensors[info.name] = parameter.data
-    first = 0
+    first, source = 0, loaded.source
     if start is not None and start.snapshot is not None:
-        first = start.step
-        for name, tensor in read_weights(start.snapshot).items():
-            if name in tensors:
-                tensors[name].copy_(tensor)
+        first, source = start.step, folder_files(start.snapshot).read
+    fill_in_place(loaded.module, None)
+    parameters = trainable_parameters(loaded.module)
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous()
+    if source is not None:
+        ResidentStore(loaded.module, parameters, history.header.noise).fill(source)
+    tensors = {info.name: parameter.data for parameter, info in parameters.items()}
     meter = _Meter({info.name: info.numel for info in parameters.values()}, history, first, steps)
     log.info("%s", f"replaying {steps - first} steps on {len(parameters)} parameters of {config.path}")
     replayed = replay_(tensors, history, steps, first=first, hash_at=hash_at, progress=meter.done)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from zo_ds.data.examples import Example
 from zo_ds.engine.engine import ZOEngine
@@ -20,14 +18,13 @@ from zo_ds.errors import DataError
 from zo_ds.evaluation.accuracy import Evaluation, evaluate
 from zo_ds.forward.evaluator import Result
 from zo_ds.journal.history import read_journal
-from zo_ds.journal.replay import replay_
 from zo_ds.journal.stream import from_bytes, to_bytes
 from zo_ds.maths.estimators import probes
-from zo_ds.models.load import LoadedModel, load_model
+from zo_ds.models.load import LoadedModel, base_source
 from zo_ds.parallel.channel import Channel
-from zo_ds.stores.base import WeightStore, trainable_parameters, weights_sha256
-from zo_ds.stores.shards import read_weights
+from zo_ds.stores.base import WeightStore, weights_sha256
 from zo_ds.tasks.scoring import Batch, Scorer
+from zo_ds.tensor_files import folder_files
 from zo_ds.trainer.environment import peak_rss_gib
 from zo_ds.trainer.health import Guard
 from zo_ds.trainer.job import Plan, encode_units, make_sampler
@@ -208,43 +205,50 @@ class Session:
     def _return_to(self, step: int) -> None:
         """Go back to the weights after so many steps: from the kept model, else by replay."""
         there = step == self._engine.steps_done
-        weights = self._kept_weights(step)
-        kept = weights is not None or not self._plan.config.output.save_model
-        flags = self._channel.all_gather(torch.tensor([there or kept, kept]))
-        everybody = all(bool(has) for has, _ in flags)
+        # Rank 0 reads all of the files; whoever does not see them shall not take part in reading them.
+        kept = self._kept(step, check=self._channel.rank == 0)
+        flags = [bool(flag) for flag in self._channel.all_gather(torch.tensor([kept is not None]))]
         if not there:
             log.info("%s", f"back to the best model on the dev set, after step {step}")
-        with self._guard.patience():
-            if not everybody:
-                raw = self._channel.broadcast(self._journal_until(step))
-                if not (there or kept):
-                    self._engine.load_weights(self._replayed(raw))
-            if not there and weights is not None:
-                self._engine.load_weights(weights)
-        if not bool(flags[0][1]):
+            with self._guard.patience():
+                if not (all(flags) and self._load(kept)):
+                    self._replay(self._channel.broadcast(self._journal_until(step)))
+        if not flags[0] and self._plan.config.output.save_model:
             self._save_model(step)
 
-    def _kept_weights(self, step: int) -> dict[str, Tensor] | None:
-        """The weights in RUN/model, if they are those after so many steps, to the last bit."""
+    def _kept(self, step: int, check: bool) -> str | None:
+        """The digest of the weights in RUN/model, if they are those after so many steps.
+
+        Args:
+            step: number of steps.
+            check: compare it with what the files hold.
+        """
+        folder = self._path / "model"
         try:
-            note = json.loads((self._path / "model" / NOTE).read_text(encoding="utf-8"))
+            note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
             if note["step"] != step:
                 return None
-            weights = read_weights(self._path / "model")
+            digest, files = str(note["weights_sha256"]), folder_files(folder)
             infos = self._engine.store.parameters.values()
-            digest = weights_sha256((info.name, weights[info.name]) for info in infos)
-            return weights if digest == note["weights_sha256"] else None
-        except (OSError, ValueError, KeyError, SafetensorError, DataError):
+            if check and weights_sha256((info.name, files.tensor(info.name)) for info in infos) != digest:
+                return None
+            return digest
+        except (OSError, ValueError, KeyError, DataError):
             return None
+
+    def _load(self, digest: str | None) -> bool:
+        """Take the kept model's weights; whether every rank has them then."""
+        self._engine.load_weights(folder_files(self._path / "model").read)
+        found = self._engine.digest() == digest
+        return all(bool(flag) for flag in self._channel.all_gather(torch.tensor([found])))
 
     def _journal_until(self, step: int) -> bytes:
         if self._run_dir is None:
             return b""
         return to_bytes(read_journal(self._path / JOURNAL), 0, step)
 
-    def _replayed(self, raw: bytes) -> dict[str, Tensor]:
-        loaded = load_model(self._plan.config.model, len(self._plan.task.label_words))
-        infos = trainable_parameters(loaded.module)
-        tensors = {info.name: parameter.data.contiguous() for parameter, info in infos.items()}
-        replay_(tensors, from_bytes(raw, "journal"))
-        return tensors
+    def _replay(self, raw: bytes) -> None:
+        """Take the weights that a journal leads to from the base model."""
+        model, classes = self._plan.config.model, len(self._plan.task.label_words)
+        self._engine.load_weights(base_source(model, classes, self._loaded))
+        self._engine.replay(from_bytes(raw, "journal"))

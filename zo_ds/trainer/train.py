@@ -223,7 +223,7 @@ def _run(job: _Job) -> dict[str, Any]:
     note = truncation_note(scorer, plan.splits)
     if note:
         log.warning("%s", note)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel)
+    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
     settle(engine, scorer, plan)
     agree(channel, f"{plan.fingerprint()} {engine.digest()}".encode(), "the recipe, the data or the base weights")
     limits = (config.parallel.hang_s, config.parallel.timeout_s)
@@ -236,7 +236,7 @@ def _run(job: _Job) -> dict[str, Any]:
             set_up = time.perf_counter() - job.started
             begun = time.perf_counter()
             with guard.patience():
-                resumed = open_run(engine, path, _options(plan, loaded, session))
+                resumed = open_run(engine, path, _options(plan, loaded, session, guard))
             if resumed.step > config.training.steps:
                 raise ConfigError(
                     f"the run has {resumed.step} steps already",
@@ -269,7 +269,7 @@ def _run(job: _Job) -> dict[str, Any]:
     return result
 
 
-def _options(plan: Plan, loaded: LoadedModel, session: Session) -> Options:
+def _options(plan: Plan, loaded: LoadedModel, session: Session, guard: Guard) -> Options:
     model = plan.config.model
     return Options(
         settings=plan.config.journal,
@@ -278,6 +278,7 @@ def _options(plan: Plan, loaded: LoadedModel, session: Session) -> Options:
         fork=plan.config.resume == "fork",
         extras=lambda folder: write_extras(session.store, loaded.tokenizer, folder),
         warn=lambda text: log.warning("%s", text),
+        patience=guard.patience,
     )
 
 
