@@ -49,12 +49,7 @@ fi
 [ -z "$hostfile" ] || options+=(--hostfile "$hostfile")
 free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 port="${MASTER_PORT:-$(python -c "$free")}"
-# Open MPI's names, else those of MPICH and Intel MPI. Python is the one of this shell, also on other nodes.
-# shellcheck disable=SC2016 # the rank expands it, not this shell
-rank='
-export RANK="${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" WORLD_SIZE="${OMPI_COMM_WORLD_SIZE:-$PMI_SIZE}"
-export LOCAL_RANK="${OMPI_COMM_WORLD_LOCAL_RANK:-$MPI_LOCALRANKID}"
-export LOCAL_WORLD_SIZE="${OMPI_COMM_WORLD_LOCAL_SIZE:-$MPI_LOCALNRANKS}"
-exec "$@"'
+# Scalars cross on MPI where mpi4py is installed, else on gloo at this address. Python is the one of this shell, also on
+# other nodes.
 exec mpirun "${options[@]}" env MASTER_ADDR="${MASTER_ADDR:-$first}" MASTER_PORT="$port" \
-  bash -c "$rank" rank "$(command -v python)" "$root/launch/finetune.py" "$@"
+  "$(command -v python)" "$root/launch/finetune.py" "$@"
