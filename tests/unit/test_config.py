@@ -34,8 +34,8 @@ zeroth_order.replicas_per_pass zeroth_order.activation_budget_mib zeroth_order.s
 zeroth_order.spread_floor zeroth_order.coefficient_cap zeroth_order.max_consecutive_skips zeroth_order.run_seed
 training training.steps training.batch_size training.micro_batch_size training.eval_every training.best_by
 training.eval_batch_size
-parallel parallel.layout parallel.shard_size parallel.population parallel.data parallel.channel
-parallel.threads parallel.timeout_s parallel.hang_s
+parallel parallel.layout parallel.shard_size parallel.population parallel.data
+parallel.gpu_budget_gib parallel.channel parallel.threads parallel.timeout_s parallel.hang_s
 journal journal.sync_every journal.hash_every journal.snapshot_replay_s journal.keep_snapshots journal.audit_every
 output output.run_dir output.tensorboard output.save_model
 deepspeed

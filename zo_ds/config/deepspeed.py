@@ -16,7 +16,7 @@ _REFUSED = {
     "gradient_clipping": "there are no gradients to clip",
     "prescale_gradients": "there are no gradients to scale",
 }
-# Prefetching is off until there is a planner for it: max_live_parameters is what bounds gathered weights.
+# Without a plan nothing is prefetched; max_live_parameters is what bounds gathered weights.
 _ZERO3_AUTO: dict[str, Any] = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_live_parameters": 1_000_000_000,
@@ -50,7 +50,12 @@ def read_deepspeed(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_deepspeed(
-    tree: Mapping[str, Any], *, batch_size: int | None, micro_batch_size: int | None, world_size: int
+    tree: Mapping[str, Any],
+    *,
+    batch_size: int | None,
+    micro_batch_size: int | None,
+    world_size: int,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The configuration that DeepSpeed is started with, in a world of one for each rank.
 
@@ -59,6 +64,7 @@ def resolve_deepspeed(
         batch_size: examples a step over all ranks; None: not known before the first step.
         micro_batch_size: examples in one forward pass; None: take the JSON's, or 1.
         world_size: ranks of the job.
+        chosen: what stands for "auto" and for missing keys of ``zero_optimization``, instead of the defaults.
 
     Returns:
         Plain data without "auto". Batch sizes are those of one rank, whatever DeepSpeed's world is.
@@ -78,7 +84,7 @@ def resolve_deepspeed(
     # zo_ds casts the matrices itself and keeps vectors in fp32; DeepSpeed would cast both.
     for key in ("bf16", "fp16", "bfloat16"):
         config.pop(key, None)
-    config["zero_optimization"] = _resolve_zero(block(config, "zero_optimization", "deepspeed"))
+    config["zero_optimization"] = _resolve_zero(block(config, "zero_optimization", "deepspeed"), chosen or {})
     left = [path for path, value in _leaves(config, "deepspeed") if value == "auto"]
     if left:
         raise ConfigError(
@@ -154,7 +160,7 @@ def _agree(key: str, given: int | None, other: str, wanted: int | None) -> None:
         )
 
 
-def _resolve_zero(given: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve_zero(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     zero = dict(given)
     stage = zero.get("stage", 0)
     if stage in (1, 2):
@@ -191,7 +197,7 @@ def _resolve_zero(given: Mapping[str, Any]) -> dict[str, Any]:
             why="a parameter that stays gathered would not see the update of its shard",
             remedy='remove it, or write 0 or "auto"',
         )
-    for key, value in _ZERO3_AUTO.items():
+    for key, value in {**_ZERO3_AUTO, **chosen}.items():
         if zero.get(key, "auto") == "auto":
             zero[key] = value
     return {**zero, "stage": 3, "memory_efficient_linear": False}

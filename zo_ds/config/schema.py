@@ -174,6 +174,9 @@ class ParallelConfig(Section):
     """Ranks that share out the directions of a step; auto: where there are more ranks than micro-batches."""
     data: PositiveInt | Literal["auto"] = "auto"
     """Ranks that share out the micro-batches of a step; population x data is the number of ranks."""
+    gpu_budget_gib: PositiveFloat | Literal["auto"] = "auto"
+    """GPU memory that a rank may take, where weights are offloaded; what activations and buffers leave of it keeps
+    weights. auto: what is free."""
     channel: Literal["auto", "gloo", "mpi"] = "auto"
     """What scalars cross between ranks on; auto: MPI if mpirun started them and mpi4py is installed, else gloo."""
     threads: PositiveInt | Literal["auto"] = "auto"

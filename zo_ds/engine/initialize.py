@@ -31,6 +31,7 @@ from zo_ds.parallel.grid import Grid, make_grid
 from zo_ds.parallel.launched import open_channel
 from zo_ds.parallel.layout import Kind, Layout, choose_layout
 from zo_ds.parallel.world import enter_world
+from zo_ds.planning.placement import Placement
 from zo_ds.stores.base import WeightStore
 from zo_ds.tensor_files import Source
 
@@ -46,6 +47,7 @@ def initialize(
     run_dir: str | Path | None = None,
     parallel: ParallelConfig | Mapping[str, Any] | None = None,
     weights: Source | None = None,
+    placement: Placement | None = None,
 ) -> ZOEngine:
     """Hand a model to DeepSpeed and get a zeroth-order engine for it.
 
@@ -61,6 +63,8 @@ def initialize(
             from where. None: no journal, unless `zo_ds.engine.resume.open_run` is called.
         parallel: the settings of a recipe's `parallel` section, if config is not a `ZOConfig`.
         weights: fills parameters that are on the meta device, see `zo_ds.models.load.load_model`.
+        placement: what stays on the device and how far ahead the rest is fetched, where the configuration does not say
+            so; see `zo_ds.planning.budget.plan`.
 
     Raises:
         ConfigError: the configuration is refused, or is not that of the run in run_dir.
@@ -78,13 +82,18 @@ def initialize(
     _cast(model, asked.deepspeed)
     channel = channel or open_channel(asked.parallel.timeout_s, asked.parallel.channel)
     resolved = resolve_deepspeed(
-        asked.deepspeed, batch_size=asked.batch, micro_batch_size=asked.micro_batch, world_size=channel.world_size
+        asked.deepspeed,
+        batch_size=asked.batch,
+        micro_batch_size=asked.micro_batch,
+        world_size=channel.world_size,
+        chosen=None if placement is None else placement.settings(),
     )
     chunk = STRICT_REPLICAS if zeroth_order.strict and zeroth_order.forward == "batched" else 1
     grid = _grid(asked, channel, chunk)
     layout = _layout(model, resolved, asked.parallel, channel)
     enter_world(layout, channel, asked.parallel.timeout_s)
-    store, engine = open_store(model, resolved, zeroth_order.noise, layout, channel, weights)
+    resident = frozenset(() if placement is None else placement.resident_parameters)
+    store, engine = open_store(model, resolved, zeroth_order.noise, layout, channel, weights, resident)
     perturber = Perturber(model, store.parameters, store.structure)
     device_type = torch.device(engine.device).type
     evaluator = _evaluator(zeroth_order, perturber, store, loss_fn or model_loss, device_type)

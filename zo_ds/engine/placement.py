@@ -32,6 +32,7 @@ def open_store(
     layout: Layout,
     channel: Channel,
     weights: Source | None = None,
+    resident: frozenset[str] = frozenset(),
 ) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
     """Hand a model to DeepSpeed; collective.
 
@@ -42,6 +43,7 @@ def open_store(
         layout: who holds the weights.
         channel: to the other ranks.
         weights: where they come from; None: the model has them.
+        resident: names of parameters that stay on the device although others are offloaded.
 
     Raises:
         ConfigError: DeepSpeed cannot hold such a parameter, or the folder for weights on disk is not there.
@@ -59,7 +61,7 @@ def open_store(
                 "DeepSpeed cannot hold a parameter without dimensions", where=name, remedy="give it the shape [1]"
             )
     if sharded:
-        opened = _sharded(model, told, disk, structure, layout, channel)
+        opened = _sharded(model, told, disk, structure, layout, channel, resident)
     else:
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()
@@ -91,24 +93,38 @@ def _sharded(
     structure: NoiseStructure,
     layout: Layout,
     channel: Channel,
+    resident: frozenset[str],
 ) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
     world = layout.size if layout.lockstep else 1
     parameters = trainable_parameters(model)
-    sizes = [aligned(-(-p.numel() // world) * p.dtype.itemsize) for p in model.parameters()]
+    away = [(name, p) for name, p in model.named_parameters() if name not in resident]
+    size = sum(aligned(-(-p.numel() // world) * p.dtype.itemsize) for _, p in away)
     if layout.kind is Kind.SHARED_HOST:
-        memory = _shared(disk, sum(sizes), layout, channel)
-        room = Room(memory)
-        shard(model, told, world, 0, lambda name, count, whole: room.take(count, whole.dtype))
+        room = Room(_shared(disk, size, layout, channel))
+        home = _on_device(resident, lambda name, count, whole: room.take(count, whole.dtype))
+        shard(model, told, world, 0, home)
         engine = _hand_over(model, told)
-        return Zero3Store(model, parameters, structure, (layout.member, layout.size)), engine
+        part = (layout.member, layout.size)
+        return Zero3Store(model, parameters, structure, part, resident), engine
     if disk is None:
-        shard(model, told, world, layout.member if world > 1 else 0, _home(told, sum(sizes)))
+        shard(model, told, world, layout.member if world > 1 else 0, _on_device(resident, _home(told, size)))
         engine = _hand_over(model, told)
         return Zero3Store(model, parameters, structure), engine
-    with nameless_file(disk, sum(sizes)) as handle:
-        shard(model, told, world, layout.member if world > 1 else 0, _only_what_is_there)
+    with nameless_file(disk, size) as handle:
+        home = _on_device(resident, _only_what_is_there)
+        shard(model, told, world, layout.member if world > 1 else 0, home)
         engine = _hand_over(model, told)
-        return Zero3DiskStore(model, parameters, structure, handle, disk), engine
+        return Zero3DiskStore(model, parameters, structure, handle, disk, resident), engine
+
+
+def _on_device(resident: frozenset[str], others: Home) -> Home:
+    """Homes on the device for some parameters."""
+    device = torch.device(get_accelerator().current_device_name())
+
+    def home(name: str, count: int, whole: Tensor) -> Tensor:
+        return torch.empty(count, dtype=whole.dtype, device=device) if name in resident else others(name, count, whole)
+
+    return home
 
 
 def _home(told: Mapping[str, Any], size: int) -> Home:

@@ -98,6 +98,9 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_FETCHING = ("deepspeed.", "zo_ds.stores.", "torch.distributed.")
+
+
 @contextmanager
 def largest_result() -> Iterator[list[int]]:
     """Within this context, the bytes of the largest tensor that any function returned, as a list of one number."""
@@ -122,6 +125,8 @@ class _Results(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in ("__get__", "__set__", "t", "transpose"):
+        # Nor is what is made of a parameter on its way to the module.
+        fetched = sys._getframe(1).f_globals.get("__name__", "").startswith(_FETCHING)
+        if not fetched and getattr(func, "__name__", "") not in ("__get__", "__set__", "t", "transpose"):
             self._note(result)
         return result

@@ -157,6 +157,7 @@ def _placement(problem: Problem, away: list[Unit], ahead: int) -> Placement:
         replicas_per_pass=problem.replicas,
         passes=problem.passes,
         resident_units=tuple(unit.name for unit in resident),
+        resident_parameters=tuple(name for unit in resident for name in unit.parameters),
         units=len(shapes.units),
         resident_fraction=kept / max(1, whole),
         prefetch_units=round(ahead / max(1, layer), 2),

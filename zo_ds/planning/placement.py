@@ -84,6 +84,7 @@ class Placement:
         replicas_per_pass: places in one pass.
         passes: of the model in a step; each fetches what is not resident.
         resident_units: names of units that stay on the device, whole.
+        resident_parameters: names of their parameters.
         units: how many there are.
         resident_fraction: of all bytes of weights.
         prefetch_units: units fetched ahead; below 1 if only a matrix is.
@@ -103,6 +104,7 @@ class Placement:
     replicas_per_pass: int
     passes: int
     resident_units: tuple[str, ...]
+    resident_parameters: tuple[str, ...]
     units: int
     resident_fraction: float
     prefetch_units: float

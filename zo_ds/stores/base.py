@@ -168,6 +168,8 @@ class WeightStore(ABC):
         """The part of this rank in the hash of the trained weights, see `zo_ds.maths.hashing`."""
         total = 0
         for parameter, info in self.parameters.items():
+            if not self.counts(parameter):
+                continue
             with self.local_shard(parameter) as (start, flat):
                 total += ops.state_hash(flat, info.site(self.structure, start))
         return total & 0xFFFFFFFFFFFFFFFF
@@ -200,6 +202,10 @@ class WeightStore(ABC):
     def collective(self) -> bool:
         """Whether a whole parameter can only be read if all ranks of the replica read it; see `take_part`."""
         return False
+
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank, of those that hold the same elements of a parameter, has them in its `state_hash`."""
+        return True
 
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
         """What `local_shard` would give: (index of the first element, number of elements)."""

@@ -145,9 +145,10 @@ class DiskFile:
         if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) > 2:
             return
         with self._lock:
-            kept = self._free.setdefault(buffer.nbytes, [])
-            if len(kept) < 2:
-                kept.append(buffer)
+            kept = sum(size * len(buffers) for size, buffers in self._free.items())
+            # As much as the largest shard has: more would be memory that nobody computes with.
+            if kept + buffer.nbytes <= self._largest:
+                self._free.setdefault(buffer.nbytes, []).append(buffer)
 
     def close(self) -> None:
         """Let go of the file."""

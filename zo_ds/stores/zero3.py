@@ -7,7 +7,7 @@ gathered "copy" is the shard itself, so writing to it would be a bug that only s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +93,7 @@ class Zero3Store(WeightStore):
     Args:
         module, parameters, structure: see `WeightStore`.
         part: (number, count) of this rank's part of each shard, where ranks of a node share the memory it lives in.
+        apart: names of parameters that they do not share.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class Zero3Store(WeightStore):
         parameters: Mapping[nn.Parameter, ParamInfo],
         structure: NoiseStructure,
         part: tuple[int, int] = (0, 1),
+        apart: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(module, parameters, structure)
         self._part = part
+        self._apart = {parameter for name, parameter in module.named_parameters() if name in apart}
         for parameter in module.parameters():
             self._count_fetches(parameter)
 
@@ -123,7 +126,7 @@ class Zero3Store(WeightStore):
     def _part_of(self, sharded: Any) -> tuple[int, int]:
         """Within the shard: first element that this rank updates, and the one after its last."""
         count = span(sharded)[1]
-        number, parts = self._part
+        number, parts = (0, 1) if sharded in self._apart else self._part
         # Whole tiles of the noise: an op may want them aligned.
         step = math.ceil(count / parts / noise.TILE) * noise.TILE if parts > 1 else count
         return min(count, number * step), min(count, (number + 1) * step)
@@ -134,6 +137,10 @@ class Zero3Store(WeightStore):
         sharded: Any = next(iter(self.parameters))
         return bool(sharded.ds_zero_partition_world_size > 1)
 
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """See `WeightStore.counts`."""
+        return parameter not in self._apart or self._part[0] == 0
+
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
         """See `WeightStore.held`."""
         first, last = self._part_of(parameter)
@@ -141,10 +148,13 @@ class Zero3Store(WeightStore):
 
     def apply(self, plan: Plan, structure: NoiseStructure | None = None) -> None:
         """See `WeightStore.apply`; shards on the device and in host memory are updated where they are."""
+        self._apply_to(self.parameters, plan, structure)
+
+    def _apply_to(self, parameters: Iterable[nn.Parameter], plan: Plan, structure: NoiseStructure | None) -> None:
         groups: dict[torch.device, list[tuple[Tensor, ParamInfo, int]]] = {}
-        for parameter, info in self.parameters.items():
+        for parameter in parameters:
             with self.local_shard(parameter) as (start, flat):
-                groups.setdefault(flat.device, []).append((flat, info, start))
+                groups.setdefault(flat.device, []).append((flat, self.parameters[parameter], start))
         for group in groups.values():
             sites = [info.site(structure or self.structure, start) for _, info, start in group]
             ops.apply_([flat for flat, _, _ in group], sites, plan)
@@ -153,7 +163,7 @@ class Zero3Store(WeightStore):
     def whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         """The gathered parameter; every rank of the shard group must come here."""
         release(parameter)
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with self.gathered([parameter]):
             yield parameter.data
 
     def view(self, parameter: nn.Parameter) -> Tensor | Stored:
@@ -170,16 +180,24 @@ class Zero3Store(WeightStore):
 
     @contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """One gather for all that happens within the context; DeepSpeed would release them after every module."""
+        """One gather for all that happens within the context; DeepSpeed would release them after every module.
+
+        DeepSpeed's own GatheredParameters makes a copy even where a parameter is whole.
+        """
         held: list[Any] = [p for p in parameters if hasattr(p, "ds_active_sub_modules")]
-        with deepspeed.zero.GatheredParameters(held):
+        missing = [p for p in held if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            missing[0].all_gather_coalesced(missing).wait()
+        for parameter in held:
+            parameter.ds_active_sub_modules.add(_HELD)
+        try:
+            yield
+        finally:
             for parameter in held:
-                parameter.ds_active_sub_modules.add(_HELD)
-            try:
-                yield
-            finally:
-                for parameter in held:
-                    parameter.ds_active_sub_modules.discard(_HELD)
+                parameter.ds_active_sub_modules.discard(_HELD)
+            for parameter in missing:
+                if not parameter.ds_active_sub_modules:
+                    parameter.partition()
 
     def _count_fetches(self, parameter: Any) -> None:
         on_fetch(parameter, self._count)

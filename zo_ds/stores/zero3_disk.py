@@ -25,6 +25,7 @@ class Zero3DiskStore(Zero3Store):
         module, parameters, structure: see `WeightStore`.
         handle: of an open file with room for all shards.
         folder: it lies in, for messages.
+        resident: names of parameters that are not in the file, but where they are.
     """
 
     def __init__(
@@ -34,13 +35,15 @@ class Zero3DiskStore(Zero3Store):
         structure: NoiseStructure,
         handle: int,
         folder: Path,
+        resident: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(module, parameters, structure)
         self._file = DiskFile(handle, folder, self.traffic)
         self._extents: dict[Any, Extent] = {}
         self._here: dict[Any, Tensor] = {}
         for name, parameter in module.named_parameters():
-            self._move(name, parameter)
+            if name not in resident:
+                self._move(name, parameter)
 
     def _move(self, name: str, sharded: Any) -> None:
         shard, (start, used) = sharded.ds_tensor, span(sharded)
@@ -54,6 +57,10 @@ class Zero3DiskStore(Zero3Store):
     @contextmanager
     def local_shard(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         """The shard without its padding, in a buffer; what is changed in it goes to disk."""
+        if parameter not in self._extents:
+            with super().local_shard(parameter) as found:
+                yield found
+            return
         release(parameter)
         extent = self._extents[parameter]
         buffer = self._file.read(extent)
@@ -65,14 +72,15 @@ class Zero3DiskStore(Zero3Store):
 
     def apply(self, plan: Plan, structure: NoiseStructure | None = None) -> None:
         """Have updates applied to each shard when it comes by next, see `DiskFile.update`."""
-        for parameter in self.parameters:
+        self._apply_to([p for p in self.parameters if p not in self._extents], plan, structure)
+        for parameter in self._extents:
             release(parameter)
         self._file.update(Pending(plan, structure or self.structure))
 
     def view(self, parameter: nn.Parameter) -> Tensor | Stored:
         """What reads the parameter, see `Stored`."""
         sharded: Any = parameter
-        if sharded.ds_zero_partition_world_size > 1:
+        if sharded.ds_zero_partition_world_size > 1 or parameter not in self._extents:
             return super().view(parameter)
         extent, shape = self._extents[parameter], tuple(sharded.ds_shape)
         return Stored(shape, extent.dtype, lambda: self._file.copy(extent).narrow(0, 0, extent.used).view(shape))
@@ -83,7 +91,7 @@ class Zero3DiskStore(Zero3Store):
 
     def _bring(self, params: list[Any]) -> None:
         for sharded in params:
-            if sharded not in self._here:
+            if sharded in self._extents and sharded not in self._here:
                 self._here[sharded] = self._file.read(self._extents[sharded])
                 sharded.ds_tensor.data = self._here[sharded]
 

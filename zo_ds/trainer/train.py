@@ -24,6 +24,7 @@ from zo_ds.tasks.scoring import Scorer
 from zo_ds.trainer.environment import describe, op_reports, use_threads
 from zo_ds.trainer.health import Guard, local_peers
 from zo_ds.trainer.job import Plan, check, load, settle, truncation_note
+from zo_ds.trainer.place import place
 from zo_ds.trainer.report import Progress, log, log_name, start_logging
 from zo_ds.trainer.run_dir import RunDir, changes, default_run_dir, find_unfinished, read_result, refuse_changes
 from zo_ds.trainer.session import Session
@@ -223,7 +224,13 @@ def _run(job: _Job) -> dict[str, Any]:
     note = truncation_note(scorer, plan.splits)
     if note:
         log.warning("%s", note)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
+    placement = place(plan, loaded, scorer, channel)
+    if placement is not None and run_dir is not None:
+        log.info("%s", f"plan for each rank (docs/planning.md):\n{placement.table()}")
+        run_dir.write_json("plan.json", placement.tree())
+    engine = initialize(
+        loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source, placement=placement
+    )
     settle(engine, scorer, plan)
     agree(channel, f"{plan.fingerprint()} {engine.digest()}".encode(), "the recipe, the data or the base weights")
     limits = (config.parallel.hang_s, config.parallel.timeout_s)
