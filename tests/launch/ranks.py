@@ -30,6 +30,7 @@ class _Job:
     ranks: int
     port: int
     arguments: tuple[str, ...]
+    crash: tuple[int, zygote.Point, int] | None
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,25 @@ class Ranks:
     ) -> None:
         self._end()
 
-    def start(self, name: str, folder: Path, ranks: int, *arguments: str | Path) -> list[int]:
-        """Start `zo_ds train`; the processes of its ranks."""
+    def start(
+        self,
+        name: str,
+        folder: Path,
+        ranks: int,
+        *arguments: str | Path,
+        crash: tuple[int, zygote.Point, int] | None = None,
+    ) -> list[int]:
+        """Start `zo_ds train`; the processes of its ranks.
+
+        Args:
+            name: of the files that ranks print to.
+            folder: they run in.
+            ranks: how many.
+            arguments: of the command line.
+            crash: (rank, moment, number): kill this rank with SIGKILL at the so-manieth time of a moment, from 1.
+        """
         port = 0 if ranks == 1 else jobs.free_port()
-        self._job = _Job(name, folder, ranks, port, tuple(map(str, arguments)))
+        self._job = _Job(name, folder, ranks, port, tuple(map(str, arguments)), crash)
         self._connection.send(self._job)
         pids: list[int] = self._connection.recv()
         return pids
@@ -180,6 +196,8 @@ def _become(job: _Job, rank: int) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks}
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
         os.environ.update({name: str(value) for name, value in numbers.items()})
+    if job.crash is not None and job.crash[0] == rank:
+        zygote._at(*job.crash[1:], lambda: os.kill(os.getpid(), signal.SIGKILL))
     sys.argv = ["zo_ds", "train", *job.arguments]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import subprocess
 import tempfile
@@ -341,19 +340,18 @@ def most_alive(model: nn.Module, forward: str) -> tuple[int, int]:
 @pytest.mark.parametrize("forward", ["batched", "sequential"])
 def test_memory_for_what_is_in_use_and_what_comes_next(forward: str) -> None:
     found, largest = most_alive(layers_model(), forward)
-    assert 2 * largest <= found <= 3 * largest  # a third one while an update or a look takes another way
+    assert 2 * largest <= found <= 4 * largest
 
 
-@pytest.mark.xfail(strict=True, reason="DiskFile.give_back keeps two buffers of every size, without a common limit")
-def test_memory_is_bounded_where_all_shards_have_other_sizes() -> None:
-    found, largest = most_alive(different_sizes(), "batched")
-    assert found <= 3 * largest
-
-
-def different_sizes() -> nn.Module:
-    torch.manual_seed(0)
-    widths = [32, *range(40, 60, 2), 32]
-    return nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)])
+@pytest.mark.parametrize("forward", ["batched", "sequential"])
+def test_memory_is_bounded_where_shards_have_many_sizes(forward: str, nvme: str) -> None:
+    """In use, on its way, and kept for the next; a fourth while somebody still has a view of one."""
+    with counted_buffers() as seen:
+        engine = open_engine(nvme, forward=forward)
+        walk(engine, 3)
+        engine.losses(units(0)[0])
+        settle(engine)
+    assert seen[1] <= 4 * sizes(engine)[2]
 
 
 @pytest.mark.parametrize("noise", ["dense", "factored"])
@@ -501,6 +499,22 @@ def test_a_flipped_bit_is_met_and_the_run_goes_on(
     engine.close_journal()
     if trained:
         check_goes_on(tmp_path / "run", nvme, engine.steps_done)
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("store", ["zero3", "zero3-cpu", "nvme"])
+def test_what_deepspeed_fetched_ahead_is_dropped_after_a_failed_forward(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STORES, store, {**STORES[store], "stage3_prefetch_bucket_size": 10**6})
+    engine, other = open_plain(tiny_model("llama"), store), open_plain(tiny_model("llama", seed=2))
+    reference = open_plain(tiny_model("llama"))
+    assert trace(engine, [zo_batch(), zo_batch(seed=1)]) == trace(reference, [zo_batch(), zo_batch(seed=1)])
+    with pytest.raises(IndexError):
+        engine.step({**zo_batch(), "input_ids": torch.full((4, 8), 10_000)})
+    engine.load_weights(weights_of(other))
+    assert torch.equal(engine.losses(zo_batch()), other.losses(zo_batch()))
+    assert engine.digest() == other.digest()
 
 
 def test_a_disk_that_comes_back_costs_nothing(nvme: str) -> None:

@@ -92,6 +92,7 @@ class ZOEngine:
         self._evaluator, self._measurement = evaluator, measurement
         self._durability: Durability | None = None
         self._off_journal = False
+        self._deferred = 0.0
         self._at_close: list[Callable[[], None]] = []
         self._stop_requested: Callable[[], bool] = lambda: False
         self._skips: list[SkipReason] = []
@@ -327,13 +328,16 @@ class ZOEngine:
     def _apply(self, record: StepRecord) -> None:
         if self._durability is not None:
             self._durability.before_apply()
-        started = time.perf_counter()
+        started, deferred = time.perf_counter(), self.store.deferred_seconds
         if record.skip is None:
             self.store.apply(Plan.of(self.config.run_seed, [record.update]))
             self.settle()
         self.steps_done += 1
         if self._durability is not None:
-            self._durability.applied(record, time.perf_counter() - started)
+            # What was deferred belongs to an earlier step; it is the sum that counts.
+            seconds = time.perf_counter() - started + deferred - self._deferred
+            self._deferred = deferred
+            self._durability.applied(record, seconds)
 
     def _watch_skips(self, found: Verdict, measured: Measured) -> None:
         self._skips = [*self._skips, found.skip] if found.skip is not None else []

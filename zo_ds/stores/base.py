@@ -199,6 +199,11 @@ class WeightStore(ABC):
                 flat.copy_(tensors[info.name].view(-1).narrow(0, start, flat.numel()))
 
     @property
+    def deferred_seconds(self) -> float:
+        """Time spent so far on updates that `apply` did not apply at once."""
+        return 0.0
+
+    @property
     def collective(self) -> bool:
         """Whether a whole parameter can only be read if all ranks of the replica read it; see `take_part`."""
         return False

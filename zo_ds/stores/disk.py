@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,6 +80,9 @@ class DiskFile:
         handle: of an open file with room for all of them; duplicated.
         folder: it lies in, for messages.
         traffic: where bytes are counted.
+
+    Attributes:
+        update_seconds: spent so far on applying updates.
     """
 
     def __init__(self, handle: int, folder: Path, traffic: Traffic) -> None:
@@ -86,6 +90,7 @@ class DiskFile:
         # Two, so that one shard is written back while the next one is read.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="zo_ds disk")
         self._lock = threading.Lock()
+        self.update_seconds = 0.0
         self._pending: list[Pending] = []
         self._first = 0
         self._coming: dict[str, Future[Tensor]] = {}
@@ -195,6 +200,7 @@ class DiskFile:
 
     def _apply(self, extent: Extent, buffer: Tensor, missing: Sequence[Pending]) -> None:
         assert extent.info is not None or not missing
+        begun = time.perf_counter()
         while missing:
             same = [one for one in missing if one.structure is missing[0].structure]
             joined = same if len(same) == len(missing) else missing[:1]
@@ -202,6 +208,8 @@ class DiskFile:
             site = extent.info.site(joined[0].structure, extent.start)
             ops.apply_([buffer.narrow(0, 0, extent.used)], [site], Plan.joined([one.plan for one in joined]))
             missing = missing[len(joined) :]
+        with self._lock:
+            self.update_seconds += time.perf_counter() - begun
 
     def _forget_the_applied(self) -> None:
         trained = [extent for extent in self._extents.values() if extent.info is not None]

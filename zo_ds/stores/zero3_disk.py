@@ -54,6 +54,11 @@ class Zero3DiskStore(Zero3Store):
             shard.data = shard.data.new_empty(0)
         on_fetch(sharded, self._bring, self._let_go)
 
+    @property
+    def deferred_seconds(self) -> float:
+        """See `WeightStore.deferred_seconds`."""
+        return self._file.update_seconds
+
     @contextmanager
     def local_shard(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         """The shard without its padding, in a buffer; what is changed in it goes to disk."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zo_ds.data.examples import Example
-from zo_ds.engine.engine import ZOEngine
+from zo_ds.engine.engine import StepOutput, ZOEngine
 from zo_ds.engine.export import NOTE
 from zo_ds.engine.resume import JOURNAL
 from zo_ds.errors import DataError
@@ -60,6 +60,7 @@ class Session:
         self._loaded, self._scorer, self._run_dir, self._path = loaded, scorer, run_dir, path
         self._state, self._guard = state, guard
         self._progress: Progress | None = None
+        self._last_step: StepOutput | None = None
         self._started = time.perf_counter()
 
     @property
@@ -97,6 +98,7 @@ class Session:
             examples = [self._plan.splits.train[index] for index in sampler.indices(self._engine.steps_done)]
             out = self._engine.step(self._units(examples), self._spare(examples))
             self._guard.progress()
+            self._last_step = out
             evaluations = out.forwards // (training.batch_size // training.micro_batch_size)
             progress.step(out, evaluations * sum(map(self._scorer.length, examples)))
             if self._due(out.step + 1):
@@ -127,6 +129,8 @@ class Session:
             f"test accuracy {before}{final.accuracy:.4f} after {best_step} steps, "
             f"{forwards} forwards, {clock(seconds)}",
         )
+        if self._last_step is not None:
+            log.info("%s", _moved(self._last_step))
         return {
             "zero_shot_accuracy": zero_shot.accuracy if zero_shot else None,
             "final_accuracy": final.accuracy,
@@ -252,3 +256,15 @@ class Session:
         model, classes = self._plan.config.model, len(self._plan.task.label_words)
         self._engine.load_weights(base_source(model, classes, self._loaded))
         self._engine.replay(from_bytes(raw, "journal"))
+
+
+def _moved(out: StepOutput) -> str:
+    """The bytes that the last step moved, on rank 0."""
+    ways = {
+        "from host to device": out.traffic.link,
+        "gathered from the shard group": out.traffic.gathered,
+        "read from disk": out.traffic.disk_read,
+        "written to disk": out.traffic.disk_written,
+    }
+    parts = [f"{count / 1e6:,.1f} MB {way}" for way, count in ways.items() if count]
+    return f"moved in the last step, rank 0: {'; '.join([*parts, f'{out.sent} bytes to other ranks'])}"

@@ -12,6 +12,7 @@ from typing import Any
 import zo_ds
 from zo_ds.config.identity import Difference
 from zo_ds.config.schema import ZOConfig
+from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.export import write_extras
 from zo_ds.engine.initialize import initialize
 from zo_ds.engine.resume import Options, Resumed, open_run
@@ -231,6 +232,7 @@ def _run(job: _Job) -> dict[str, Any]:
     engine = initialize(
         loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source, placement=placement
     )
+    log.info("%s", _who_does_what(engine))
     settle(engine, scorer, plan)
     agree(channel, f"{plan.fingerprint()} {engine.digest()}".encode(), "the recipe, the data or the base weights")
     limits = (config.parallel.hang_s, config.parallel.timeout_s)
@@ -274,6 +276,15 @@ def _run(job: _Job) -> dict[str, Any]:
         engine.close()
     log.info("%s", f"journal {path / 'journal'}, model {path / 'model'}, plots: tensorboard --logdir {path}")
     return result
+
+
+def _who_does_what(engine: ZOEngine) -> str:
+    layout, grid = engine.layout, engine.grid
+    holders = "every rank holds all weights" if layout.size == 1 else f"{layout.size} ranks hold one copy together"
+    return (
+        f"layout {layout.kind.value}: {holders}; grid: population {grid.population} x data {grid.data}; "
+        f"scalars over {type(engine.channel).__name__}"
+    )
 
 
 def _options(plan: Plan, loaded: LoadedModel, session: Session, guard: Guard) -> Options:
