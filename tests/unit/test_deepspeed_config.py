@@ -113,7 +113,7 @@ def test_stages_for_optimizer_states_are_refused_with_the_reason(stage: int) -> 
         (zero(stage=3, offload_param={"device": "auto"}), "zero_optimization.offload_param.device"),
         (zero(stage=3, offload_optimizer={"device": "cpu"}), "zero_optimization.offload_optimizer"),
         (zero(stage=3, memory_efficient_linear=True), "zero_optimization.memory_efficient_linear"),
-        (zero(stage=3, stage3_param_persistence_threshold=1), "zero_optimization.stage3_param_persistence_threshold"),
+        (zero(stage=3, stage3_param_persistence_threshold=-1), "zero_optimization.stage3_param_persistence_threshold"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"gradient_clipping": 1.0}, "gradient_clipping"),

@@ -25,9 +25,10 @@ def placement(offload: str = "cpu", kib: int = 29) -> Placement:
     return plan(ModelShapes.of(tiny_model("llama")), CARD, num_directions=4, examples=1, tokens=4, **how)
 
 
-def open_engine(offload: str, folder: Path, chosen: Placement | None = None) -> ZOEngine:
+def open_engine(offload: str, folder: Path, chosen: Placement | None = None, small: int = 0) -> ZOEngine:
     device = {"device": offload, **({"nvme_path": str(folder / "disk")} if offload == "nvme" else {})}
-    zero = {"stage": 3, "offload_param": device} if offload != "none" else {"stage": 0}
+    told = {"stage": 3, "offload_param": device, "stage3_param_persistence_threshold": small}
+    zero = told if offload != "none" else {"stage": 0}
     config = {"zero_optimization": zero, "zeroth_order": {"num_directions": 4, "lr": 5e-3, "weight_decay": 0.1}}
     return zo_ds.initialize(tiny_model("llama"), config, placement=chosen)
 
@@ -57,6 +58,19 @@ def test_what_stays_is_not_on_disk(tmp_path: Path) -> None:
     sizes = {name: p.ds_numel * 4 for name, p in engine.module.named_parameters()}  # type: ignore[attr-defined]
     away = sum(size for name, size in sizes.items() if name not in chosen.resident_parameters)
     assert 0 < out.traffic.disk_written <= away < sum(sizes.values())
+
+
+def test_small_parameters_are_never_fetched(tmp_path: Path) -> None:
+    """DeepSpeed itself would keep gathered copies, which go stale."""
+    alone, kept = open_engine("none", tmp_path), open_engine("nvme", tmp_path, small=100)
+    sizes = [p.ds_numel for p in kept.module.parameters()]  # type: ignore[attr-defined]
+    assert min(sizes) <= 100 < max(sizes)
+    for step in range(6):
+        out = kept.step(zo_batch(seed=step))
+        assert torch.equal(alone.step(zo_batch(seed=step)).coefficients, out.coefficients)
+    assert alone.digest() == kept.digest()
+    assert out.traffic.disk_written <= 4 * sum(size for size in sizes if size > 100)
+    assert kept.deepspeed._config.zero_config.param_persistence_threshold == 0
 
 
 def test_deepspeed_is_told_what_was_planned_unless_the_user_said_otherwise(tmp_path: Path) -> None:

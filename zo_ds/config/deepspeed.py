@@ -190,12 +190,12 @@ def _resolve_zero(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[s
             why="it replaces torch.nn.functional.linear for the whole process to save gradient memory",
             remedy="remove it",
         )
-    if zero.get("stage3_param_persistence_threshold", 0) not in (0, "auto"):
+    small = zero.get("stage3_param_persistence_threshold", 0)
+    if small != "auto" and (isinstance(small, bool) or not isinstance(small, (int, float)) or small < 0):
         raise ConfigError(
-            "stage3_param_persistence_threshold must be 0",
+            f"stage3_param_persistence_threshold is a number of elements, got {small!r}",
             where="deepspeed.zero_optimization.stage3_param_persistence_threshold",
-            why="a parameter that stays gathered would not see the update of its shard",
-            remedy='remove it, or write 0 or "auto"',
+            remedy='write a number, or "auto"',
         )
     for key, value in {**_ZERO3_AUTO, **chosen}.items():
         if zero.get(key, "auto") == "auto":
@@ -227,18 +227,26 @@ def _check_offload(zero: dict[str, Any]) -> None:
         )
 
 
-def without_nvme(resolved: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
-    """What DeepSpeed is told, and the folder in which zo_ds itself keeps the weights on disk, if any.
+def split_off(resolved: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, int]:
+    """What DeepSpeed is told, and what zo_ds does instead of it.
 
-    DeepSpeed's own swapping needs a compiled aio operator and loses weights that are updated in place; zo_ds maps its
-    shards to a file instead.
+    DeepSpeed's own swapping needs a compiled aio operator and loses weights that are updated in place; zo_ds keeps
+    shards in a file instead. Small parameters that DeepSpeed keeps gathered would not see the updates of their shards;
+    zo_ds has their shards live on the device.
+
+    Returns:
+        (DeepSpeed's configuration, folder of the weights on disk if any, elements up to which a parameter is small).
     """
     config = copy.deepcopy(dict(resolved))
-    offload = config["zero_optimization"].get("offload_param") or {}
+    zero = config["zero_optimization"]
+    if zero["stage"] != 3:
+        return config, None, 0
+    small, zero["stage3_param_persistence_threshold"] = int(zero["stage3_param_persistence_threshold"]), 0
+    offload = zero.get("offload_param") or {}
     if offload.get("device") != "nvme":
-        return config, None
-    config["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    return config, Path(offload["nvme_path"])
+        return config, None, small
+    zero["offload_param"] = {"device": "cpu"}
+    return config, Path(offload["nvme_path"]), small
 
 
 def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ class ZOEngine:
         plan = probes(self.config.estimator_spec)
         seed = step_seed(self.config.run_seed, step)
         places = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
-        measured = self._measurement.run(units, places, f"step {step}", spare)
+        with self._group_alive():
+            measured = self._measurement.run(units, places, f"step {step}", spare)
         found = verdict(measured.means, self.config.estimator_spec, lr, eps)
         record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread, state_hash)
         self._agree(record)
@@ -206,7 +208,23 @@ class ZOEngine:
 
     def call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
         """``function(model, batch)`` at the current weights: evaluation mode, no gradients, the step's autocast."""
-        return self._evaluator.call(function, batch)
+        with self._group_alive():
+            return self._evaluator.call(function, batch)
+
+    @contextmanager
+    def _group_alive(self) -> Iterator[None]:
+        """What DeepSpeed meets when a rank of this shard group is gone, in the words of the job."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.layout.lockstep or not any(word in str(error) for word in _OF_COLLECTIVES):
+                raise
+            raise PeerError(
+                "a rank of this shard group is gone",
+                where=f"rank {self.layout.rank}, group of ranks {list(self.layout.members)}",
+                why=str(error).splitlines()[0],
+                remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
+            ) from error
 
     def digest(self) -> str:
         """SHA-256 of the trained weights."""
@@ -351,6 +369,7 @@ class ZOEngine:
         )
 
 
+_OF_COLLECTIVES = ("gloo", "NCCL", "Connection", "connection")
 _REMEDIES = {
     SkipReason.NON_FINITE: "lower eps, use float32 or bfloat16 instead of float16, look at the examples of these steps",
     SkipReason.ZERO_SPREAD: "raise eps, use more examples a step, or an objective that moves (accuracy often does not)",

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from zo_ds.config.deepspeed import without_nvme
+from zo_ds.config.deepspeed import split_off
 from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure
 from zo_ds.parallel.channel import Channel
@@ -49,7 +49,7 @@ def open_store(
         ConfigError: DeepSpeed cannot hold such a parameter, or the folder for weights on disk is not there.
         MachineError: there is no room for the weights.
     """
-    told, disk = without_nvme(resolved)
+    told, disk, small = split_off(resolved)
     sharded = told["zero_optimization"]["stage"] == 3
     device = torch.device(get_accelerator().current_device_name())
     materialise(
@@ -61,6 +61,9 @@ def open_store(
                 "DeepSpeed cannot hold a parameter without dimensions", where=name, remedy="give it the shape [1]"
             )
     if sharded:
+        # Of a shard group, every rank has a part of every parameter.
+        kept = {name for name, p in model.named_parameters() if p.numel() <= small and not layout.lockstep}
+        resident = frozenset() if layout.lockstep else resident | kept
         opened = _sharded(model, told, disk, structure, layout, channel, resident)
     else:
         for parameter in model.parameters():

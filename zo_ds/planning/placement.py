@@ -9,6 +9,8 @@ from typing import Any
 from zo_ds.planning.hardware import Hardware
 
 GB = 10**9
+SMALL = 100_000
+"""Elements of a parameter that stays on the device in any case; the reserve has room for those."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Placement:
             "stage3_prefetch_bucket_size": self.prefetch_elements,
             "stage3_max_live_parameters": self.max_live_elements,
             "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": 0,
+            # Vectors: less than a thousandth of a model, but most of the transfers.
+            "stage3_param_persistence_threshold": SMALL,
         }
 
     def tree(self) -> dict[str, Any]:
