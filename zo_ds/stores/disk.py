@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -98,6 +99,8 @@ class DiskFile:
         self._last: tuple[str | None, str | None] = (None, None)
         self._free: dict[int, list[Tensor]] = {}
         self._extents: dict[str, Extent] = {}
+        self._sizes = Counter[int]()
+        self._used: set[str] = set()
         self._size = 0
         self._largest = 0
 
@@ -107,6 +110,7 @@ class DiskFile:
         self._extents[name] = extent
         self._size += aligned(extent.nbytes)
         self._largest = max(self._largest, extent.nbytes)
+        self._sizes[extent.nbytes] += 1
         return extent
 
     def update(self, pending: Pending) -> None:
@@ -126,6 +130,7 @@ class DiskFile:
         if coming is None:
             self._drop_read_ahead()
         buffer = self._load(extent) if coming is None else coming.result()
+        self._used.add(extent.name)
         self._next[self._last] = extent.name
         self._last = (self._last[1], extent.name)
         self._read_ahead()
@@ -144,15 +149,19 @@ class DiskFile:
             self._apply(extent, buffer, self._missing(extent))
             return buffer
 
-    def give_back(self, buffer: Tensor) -> None:
-        """Let a buffer be used again, unless somebody kept a view of it."""
+    def give_back(self, extent: Extent, buffer: Tensor) -> None:
+        """Take back what `read` gave; the buffer is used again, unless somebody kept a view of it."""
+        self._used.discard(extent.name)
+        self._keep(buffer)
+
+    def _keep(self, buffer: Tensor) -> None:
         # Two references: the buffer, and the storage that is asked.
         if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) > 2:
             return
         with self._lock:
             kept = sum(size * len(buffers) for size, buffers in self._free.items())
-            # As much as the largest shard has: more would be memory that nobody computes with.
-            if kept + buffer.nbytes <= self._largest:
+            # Of sizes that come again soon, and no more than the largest shard has.
+            if self._sizes[buffer.nbytes] > 1 and kept + buffer.nbytes <= self._largest:
                 self._free.setdefault(buffer.nbytes, []).append(buffer)
 
     def close(self) -> None:
@@ -171,6 +180,8 @@ class DiskFile:
             at = (at[1], name)
             if name in self._coming:
                 continue
+            if name in self._used:
+                return  # an embedding that is the head as well: it is here
             extent = self._extents[name]
             if self._coming and ahead + extent.nbytes > self._largest:
                 return
@@ -181,7 +192,7 @@ class DiskFile:
         for future in self._coming.values():
             if not future.cancel():
                 with suppress(MachineError):  # met again by whoever needs the shard
-                    self.give_back(future.result())
+                    self._keep(future.result())
         self._coming.clear()
 
     def _load(self, extent: Extent) -> Tensor:

@@ -73,7 +73,7 @@ class Zero3DiskStore(Zero3Store):
             yield extent.start, buffer.narrow(0, 0, extent.used)
             self._file.write(extent, buffer)
         finally:
-            self._file.give_back(buffer)
+            self._file.give_back(extent, buffer)
 
     def apply(self, plan: Plan, structure: NoiseStructure | None = None) -> None:
         """Have updates applied to each shard when it comes by next, see `DiskFile.update`."""
@@ -104,4 +104,4 @@ class Zero3DiskStore(Zero3Store):
         for sharded in params:
             if sharded in self._here and sharded.ds_status is ZeroParamStatus.NOT_AVAILABLE:
                 sharded.ds_tensor.data = torch.empty(0, dtype=sharded.dtype)
-                self._file.give_back(self._here.pop(sharded))
+                self._file.give_back(self._extents[sharded], self._here.pop(sharded))
