@@ -17,8 +17,9 @@ from torch import Tensor
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.engine.measure import Measured, Measurement
-from zo_ds.errors import ConfigError, CorruptRunError, NonFiniteError, PeerError, StoppedError, ZODSError
+from zo_ds.engine.measure import Measurement
+from zo_ds.engine.skips import SkipWatch
+from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.history import History
@@ -96,7 +97,7 @@ class ZOEngine:
         self._deferred = 0.0
         self._at_close: list[Callable[[], None]] = []
         self._stop_requested: Callable[[], bool] = lambda: False
-        self._skips: list[SkipReason] = []
+        self._skips = SkipWatch(config.max_consecutive_skips)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -141,7 +142,7 @@ class ZOEngine:
         At least one more step is tried, however many were skipped before.
         """
         self.steps_done = steps_done
-        self._skips = list(skips)[max(0, len(skips) - self.config.max_consecutive_skips + 1) :]
+        self._skips.went_on(skips)
 
     def step(self, batch: Batch, spare: Batch | None = None) -> StepOutput:
         """Take one step.
@@ -180,7 +181,7 @@ class ZOEngine:
         self._agree(record)
         stop = self._commit(record)
         self._apply(record)
-        self._watch_skips(found, measured)
+        self._skips.note(found.skip, measured, step)
         if stop:
             raise StoppedError(
                 f"stopped after step {step + 1}, as asked",
@@ -357,33 +358,9 @@ class ZOEngine:
             self._deferred = deferred
             self._durability.applied(record, seconds)
 
-    def _watch_skips(self, found: Verdict, measured: Measured) -> None:
-        self._skips = [*self._skips, found.skip] if found.skip is not None else []
-        if len(self._skips) < self.config.max_consecutive_skips:
-            return
-        raise NonFiniteError(
-            f"the last {len(self._skips)} steps were all skipped",
-            where=f"step {self.steps_done - 1}",
-            why=f"{self._skips[-1].value}: {_diagnosis(measured)}",
-            remedy=_REMEDIES[self._skips[-1]],
-        )
-
 
 _OF_COLLECTIVES = ("gloo", "NCCL", "Connection", "connection")
-_REMEDIES = {
-    SkipReason.NON_FINITE: "lower eps, use float32 or bfloat16 instead of float16, look at the examples of these steps",
-    SkipReason.ZERO_SPREAD: "raise eps, use more examples a step, or an objective that moves (accuracy often does not)",
-    SkipReason.COEFFICIENT_CAP: "lower lr, or raise coefficient_cap if such a step is wanted",
-}
-
-
-def _diagnosis(measured: Measured) -> str:
-    means = measured.means
-    bad, count = int((~means.isfinite()).sum()), means.numel()
-    if not bad:
-        return f"losses between {float(means.min()):.6g} and {float(means.max()):.6g}"
-    which = "every evaluation, the unperturbed one too" if bad == count else f"{bad} of {count} evaluations"
-    return f"non-finite in {which}, for {measured.bad_examples} of {measured.examples} examples"
+"""Words in the errors of torch's collectives."""
 
 
 def decays(config: ZerothOrderConfig) -> bool:
