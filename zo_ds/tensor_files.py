@@ -34,6 +34,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNREAD = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "U16", "U32", "U64", "C64")
+"""Kinds of numbers that nothing here reads; a file may hold some."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,13 @@ class TensorFiles:
 
         Raises:
             KeyError: there is no such tensor.
+            ValueError: it has fewer elements.
             DataError: the file cannot be read.
         """
         entry = self.entries[name]
         width = entry.dtype.itemsize
+        if not 0 <= start <= start + out.numel() <= math.prod(entry.shape):
+            raise ValueError(f"'{name}' has {math.prod(entry.shape)} elements, not {start + out.numel()}")
         if entry.dtype == out.dtype and out.device.type == "cpu" and out.is_contiguous():
             self._fill(entry, entry.offset + start * width, out)
             return
@@ -150,18 +155,37 @@ def _entries(path: Path, handle: int, number: int) -> dict[str, Entry]:
     if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
         raise _unreadable(path, "it does not begin with a header")
     found: dict[str, Entry] = {}
+    spans: list[tuple[int, int]] = []
     try:
         tree: dict[str, Any] = json.loads(os.pread(handle, length, 8))
         tree.pop("__metadata__", None)
         for name, value in tree.items():
-            dtype, shape = _DTYPES[value["dtype"]], tuple(int(side) for side in value["shape"])
-            first, last = (int(offset) for offset in value["data_offsets"])
-            if last - first != math.prod(shape) * dtype.itemsize or not 0 <= first <= last <= size - 8 - length:
-                raise _unreadable(path, f"'{name}' does not fit into it")
+            (first, last), shape = (_sizes(value[key]) for key in ("data_offsets", "shape"))
+            spans.append((first, last))
+            dtype = _DTYPES.get(value["dtype"])
+            if dtype is None and value["dtype"] in _UNREAD:
+                continue
+            if dtype is None:
+                raise _unreadable(path, f"'{name}' is of an unknown kind, {value['dtype']!r}")
+            if last - first != math.prod(shape) * dtype.itemsize:
+                raise _unreadable(path, f"'{name}' is not as long as its shape says")
             found[name] = Entry(number, 8 + length + first, dtype, shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"its header cannot be understood ({error})") from error
+    end = 0
+    for first, last in sorted(spans):
+        if first != end or last < first:
+            raise _unreadable(path, "its tensors overlap or leave holes")
+        end = last
+    if end != size - 8 - length:
+        raise _unreadable(path, f"its tensors have {end} bytes, it has {size - 8 - length}")
     return found
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values} are no sizes")
+    return tuple(values)
 
 
 def _unreadable(path: Path, why: str) -> DataError:

@@ -194,7 +194,7 @@ needs_mpi = pytest.mark.skipif(not (jobs.BIN / "mpirun").exists(), reason="no mp
 
 def mpi(folder: Path, name: str, *arguments: str, **extra: str) -> jobs.Outcome:
     path = f"{jobs.BIN}:{os.environ['PATH']}"
-    script = ["bash", jobs.ROOT / "launch" / "mpi.sh", "-n", "2", "--config", "recipe.yaml"]
+    script: list[str | Path] = ["bash", jobs.ROOT / "launch" / "mpi.sh", "-n", "2", "--config", "recipe.yaml"]
     return jobs.run(
         [*script, f"output.run_dir={name}", *arguments], folder, 120, PATH=path, OMP_NUM_THREADS="1", **extra
     )
@@ -224,11 +224,24 @@ def test_gloo_under_mpirun(folder: Path, alone: Callable[..., Path]) -> None:
 def test_deepspeed_starts_ranks_through_mpi(folder: Path, alone: Callable[..., Path]) -> None:
     pytest.importorskip("mpi4py")
     (folder / "hosts").write_text("localhost slots=2\n")
-    launcher = [jobs.BIN / "deepspeed", "-q", "--hostfile", "hosts", "--launcher", "openmpi", "--no_ssh_check"]
+    launcher: list[str | Path] = [
+        jobs.BIN / "deepspeed",
+        "-q",
+        "--hostfile",
+        "hosts",
+        "--launcher",
+        "openmpi",
+        "--no_ssh_check",
+    ]
     launcher += ["--force_multi", "--master_addr", "127.0.0.1", "--master_port", str(jobs.free_port())]
     launcher += ["--launcher_args=--bind-to none --mca btl_tcp_if_include lo"]
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    script = [jobs.ROOT / "launch" / "finetune.py", "--config", "recipe.yaml", "output.run_dir=deepspeed-mpi"]
+    script: list[str | Path] = [
+        jobs.ROOT / "launch" / "finetune.py",
+        "--config",
+        "recipe.yaml",
+        "output.run_dir=deepspeed-mpi",
+    ]
     done = jobs.run(
         [*launcher, *script, SHORT, "parallel.channel=mpi"],
         folder,
@@ -333,13 +346,44 @@ def test_a_shard_group_that_lost_a_rank_ends_and_goes_on(
     same(again, alone(SHORT))
 
 
-@pytest.mark.xfail(strict=True, reason="what gloo says inside of a forward of DeepSpeed's does not become a PeerError")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_shard_group_that_lost_a_rank_says_so(victim: int, ranks: Ranks, folder: Path) -> None:
-    crash, name = (victim, FORWARD, 3), f"lost-{victim}"
+SAVING = Point("zo_ds.stores.zero3.Zero3Store.take_part")
+
+
+@pytest.mark.parametrize(
+    ("victim", "at", "number"),
+    [
+        pytest.param(
+            0,
+            FORWARD,
+            3,
+            marks=pytest.mark.xfail(
+                strict=True, reason="Joiner._make takes gloo's error for one of the model's and calls DeepSpeed again"
+            ),
+        ),
+        pytest.param(
+            1,
+            FORWARD,
+            3,
+            marks=pytest.mark.xfail(
+                strict=True, reason="Joiner._make takes gloo's error for one of the model's and calls DeepSpeed again"
+            ),
+        ),
+        pytest.param(
+            1,
+            SAVING,
+            1,
+            marks=pytest.mark.xfail(strict=True, reason="only engine.step and evaluations translate gloo's error"),
+        ),
+    ],
+    ids=["first-in-forward", "second-in-forward", "second-while-saving"],
+)
+def test_a_shard_group_that_lost_a_rank_says_so(
+    victim: int, at: Point, number: int, ranks: Ranks, folder: Path
+) -> None:
+    name, crash = f"lost-{victim}-{at.function.split('.')[-1]}", (victim, at, number)
     ended = short_of_one(ranks, folder, name, crash, 2, STORES["none"], SHARD_GROUP, SHORT)
-    assert ended.codes[1 - victim] == 7
-    assert "another rank is gone" in ended.err[1 - victim]
+    assert ended.codes[1 - victim] in (7, 8)
+    assert "is gone" in ended.err[1 - victim]
 
 
 # What crosses
@@ -433,7 +477,13 @@ engine.close()
 def test_only_scalars_leave_a_shard_group(tmp_path: Path) -> None:
     """Two groups of two ranks. The constant is 24 + 8 + 2 + 8 = 42 bytes, to each of the three other ranks."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    torchrun = [jobs.BIN / "torchrun", "--nproc_per_node", "4", "--master_port", str(jobs.free_port())]
+    torchrun: list[str | Path] = [
+        jobs.BIN / "torchrun",
+        "--nproc_per_node",
+        "4",
+        "--master_port",
+        str(jobs.free_port()),
+    ]
     done = jobs.run([*torchrun, "driver.py", "found"], tmp_path, 200, PYTHONPATH=str(jobs.ROOT), OMP_NUM_THREADS="1")
     assert done.code == 0, done.err
     found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(4)]
@@ -483,7 +533,7 @@ def test_sent_bytes_are_in_the_metrics(
 
 WIRE = 2400
 """Bytes of a step and rank that the network may add: about 1200 are measured. In each of the three exchanges gloo tells
-the other rank that it is ready, and sends; both are acknowledged, and a packet has TCP, IP and link heads of 66 bytes."""
+the other rank that it is ready, and sends; both are acknowledged, and every packet has 66 bytes of heads."""
 
 
 def test_bytes_on_the_wire_do_not_depend_on_the_model(ranks: Ranks, tmp_path: Path) -> None:

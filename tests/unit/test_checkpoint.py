@@ -30,7 +30,7 @@ CLASSES = {
     "masked_lm": transformers.AutoModelForMaskedLM,
     "sequence_classification": transformers.AutoModelForSequenceClassification,
 }
-FALL_BACK = MOE | {"gemma3"}
+FALL_BACK = MOE | {"neox"}
 """Families whose checkpoints transformers renames or joins on the way."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -142,14 +142,14 @@ def test_every_family_is_as_transformers_loads_it(name: str, save: Callable[...,
 def test_families_that_transformers_must_load(name: str, save: Callable[..., Path]) -> None:
     folder = save(family(name))
     loaded = load(folder)
-    if loaded.source is not None:
-        pytest.skip("this version of transformers stores it as it is")
+    assert loaded.source is None
     assert torch.equal(logits(loaded.module, name), logits(by_transformers(folder), name))
 
 
 @pytest.mark.parametrize("held", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama", "bert-classes", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bert-classes", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float16)]
+)
 def test_checkpoints_in_another_dtype(
     name: str, held: torch.dtype, dtype: torch.dtype, save: Callable[..., Path]
 ) -> None:
@@ -204,7 +204,6 @@ def test_a_tied_weight_under_both_names(save: Callable[..., Path]) -> None:
     check_same(streamed(folder), by_transformers(folder))
 
 
-@pytest.mark.xfail(strict=True, reason="_names takes the first name of a tied weight; transformers unties unequal ones")
 def test_a_weight_that_is_tied_in_the_settings_alone(save: Callable[..., Path]) -> None:
     folder = rewritten(save(family("llama")), lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1})
     loaded, wanted = load(folder), by_transformers(folder)
@@ -275,7 +274,7 @@ def test_unknown_kinds_of_numbers_are_left_to_transformers(save: Callable[..., P
     """A tensor that no parameter needs, of a dtype that only transformers knows."""
     extra = {"extra": torch.ones(3).to(torch.float8_e4m3fn)}
     folder = rewritten(save(family("llama")), lambda tensors: {**tensors, **extra})
-    wanted = by_transformers(folder)
+    wanted = by_transformers(folder, head="causal_lm")
     loaded = load(folder)
     fill_in_place(loaded.module, loaded.source)
     assert torch.equal(logits(loaded.module, "llama"), logits(wanted, "llama"))
@@ -297,9 +296,9 @@ STORES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("frozen", ["", "layers.1"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "bert-classes"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "frozen"), [("llama", torch.float32, ""), ("bert-classes", torch.bfloat16, "layer.1")]
+)
 def test_every_store_gets_the_weights_that_a_whole_model_has(
     name: str, dtype: torch.dtype, frozen: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -336,7 +335,7 @@ from zo_ds.models.load import load_model
 
 torch.set_num_threads(1)
 config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
-          "zeroth_order": {"num_directions": 2, "lr": 1e-3}}
+          "zeroth_order": {"num_directions": 4, "lr": 1e-3}}
 
 def run(folder):
     loaded = load_model(ModelConfig(path=folder, dtype="bfloat16"), 2)
@@ -357,12 +356,12 @@ print(weights, peak() - before)
 
 def test_a_model_is_in_memory_once(tokenizer: Path, tmp_path: Path) -> None:
     """The peak of loading into host memory is the weights and little more, though none of them is where it will be."""
-    wide = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16000, "num_hidden_layers": 5}
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 10000, "num_hidden_layers": 5}
     model = transformers.LlamaForCausalLM
     kind = transformers.LlamaConfig(**wide, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device("meta"):
         large = model(kind)
-    tensors = {name: torch.zeros(p.shape, dtype=torch.bfloat16) + 0.01 for name, p in large.named_parameters()}
+    tensors = {name: torch.full(p.shape, 0.01, dtype=torch.bfloat16) for name, p in large.named_parameters()}
     folder = tmp_path / "large"
     shutil.copytree(tokenizer, folder)
     kind.architectures = ["LlamaForCausalLM"]
@@ -377,5 +376,5 @@ def test_a_model_is_in_memory_once(tokenizer: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     weights, grown = map(int, done.stdout.split()[-2:])
-    assert weights > 190e6
+    assert weights > 180e6
     assert 0.9 * weights < grown < 1.15 * weights + 30e6

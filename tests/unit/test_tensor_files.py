@@ -125,7 +125,9 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes whose numbers look like others when a digit is damaged."""
     path = tmp_path_factory.mktemp("small") / "model.safetensors"
-    save_file({"a": tensor_of((3, 4), torch.float32), "b": tensor_of((5,), torch.bfloat16), "c": torch.ones(0)}, path)
+    save_file(
+        {"a": tensor_of((3, 4), torch.float32), "b": tensor_of((5,), torch.bfloat16), "none": torch.ones(0)}, path
+    )
     return path
 
 
@@ -188,12 +190,9 @@ def header(path: Path) -> range:
 
 
 def test_damage_in_the_header(small: Path, tmp_path: Path) -> None:
-    check_header_damage(small, tmp_path / "bad.safetensors", lambda byte: {byte ^ 1, *b'2e" \xff'}, header(small))
+    check_header_damage(small, tmp_path / "bad.safetensors", lambda byte: {byte ^ 1, *b'e "'}, header(small))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_entries lets a file be longer than its tensors: a header that ends early shifts all"
-)
 def test_damage_in_the_length_of_the_header(small: Path, tmp_path: Path) -> None:
     assert small.read_bytes()[header(small).stop - 1] == ord(" ")
     check_header_damage(small, tmp_path / "bad.safetensors", lambda byte: set(range(256)), range(8))
@@ -233,26 +232,11 @@ def entry(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
         entry(offsets="ab"),
         b'{"w": {"dtype": "F32"',
         b"\xff\xfe",
-        pytest.param(
-            entry(shape=[math.inf]),
-            marks=pytest.mark.xfail(strict=True, reason="_entries: int(inf) is an OverflowError (16384 -> 1e384)"),
-        ),
-        pytest.param(
-            b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1e384]}}',
-            marks=pytest.mark.xfail(strict=True, reason="_entries: int(inf) is an OverflowError (16384 -> 1e384)"),
-        ),
-        pytest.param(
-            entry(shape=[-2, -2]),
-            marks=pytest.mark.xfail(strict=True, reason="_entries takes negative sides whose product fits"),
-        ),
-        pytest.param(
-            entry(shape=[4.5]),
-            marks=pytest.mark.xfail(strict=True, reason="_entries cuts fractions and reads strings as numbers"),
-        ),
-        pytest.param(
-            b"[" * 100_000,
-            marks=pytest.mark.xfail(strict=True, reason="_entries: json raises RecursionError for deep nesting"),
-        ),
+        entry(shape=[math.inf]),
+        b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1e384]}}',
+        entry(shape=[-2, -2]),
+        entry(shape=[4.5]),
+        b"[" * 100_000,
     ],
     ids=lambda tree: str(tree)[:40],
 )
@@ -272,7 +256,6 @@ def test_lengths_that_make_no_sense(length: int, tmp_path: Path) -> None:
         TensorFiles([path])
 
 
-@pytest.mark.xfail(strict=True, reason="TensorFiles.read does not look whether the part lies within the tensor")
 def test_a_part_beyond_the_end_is_not_the_next_tensor(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4), "b": torch.ones(4)}, tmp_path / "model.safetensors")
     with pytest.raises((ValueError, IndexError, DataError)):

@@ -95,25 +95,24 @@ def _parameters_on_meta() -> Iterator[None]:
 def _names(module: Any, files: TensorFiles) -> dict[str, str] | None:
     """Name in the checkpoint of every parameter (tied ones once) and buffer; None if a parameter is not there as is."""
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    known_as: dict[Tensor, list[str]] = {}
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+        known_as.setdefault(tensor, []).append(name)
     names: dict[str, str] = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        held = next((key for key in _spellings(module, name, prefix) if key in files.entries), None)
-        if held is not None and files.entries[held].shape == tuple(tensor.shape):
-            names[name] = held
+    for tensor, spellings in known_as.items():
+        held = [key for name in spellings for key in (name, name.removeprefix(prefix)) if key in files.entries]
+        held = [key for key in dict.fromkeys(held) if files.entries[key].shape == tuple(tensor.shape)]
+        if held and all(_equal(files, held[0], other) for other in held[1:]):
+            names[spellings[0]] = held[0]
         elif isinstance(tensor, nn.Parameter):
-            log.debug("%s", f"'{name}' is not in the checkpoint as it is; transformers loads the model")
+            log.debug("%s", f"'{spellings[0]}' is not in the checkpoint as it is; transformers loads the model")
             return None
     return names
 
 
-def _spellings(module: nn.Module, name: str, prefix: str) -> Iterator[str]:
-    """What a parameter may be called: by any of its names if it is tied, with or without the base model's prefix."""
-    wanted = dict(module.named_parameters()).get(name)
-    tied = [other for other, value in module.named_parameters(remove_duplicate=False) if value is wanted]
-    for known in tied if wanted is not None else [name]:
-        yield known
-        if known.startswith(prefix):
-            yield known.removeprefix(prefix)
+def _equal(files: TensorFiles, one: str, other: str) -> bool:
+    """Whether weights that the model ties are tied in the checkpoint as well; transformers unties them if not."""
+    return torch.equal(files.tensor(one), files.tensor(other))
 
 
 def _keeps_fp32(module: nn.Module) -> bool:

@@ -115,8 +115,12 @@ def choose_layout(
     Raises:
         ConfigError: the layout does not fit the ranks or the ZeRO settings.
     """
-    local = [int(size) for size in torch.cat(channel.all_gather(torch.tensor([channel.local_world_size])))]
-    node = local[0] if len(set(local)) == 1 else 1
+    mine = torch.tensor([channel.local_world_size, channel.rank - channel.local_rank])
+    told = [[int(value) for value in other] for other in channel.all_gather(mine)]
+    local = [size for size, _ in told]
+    # The ranks of a node must follow one another. (On one node they do, in whatever order they were numbered there.)
+    apart = local[0] < channel.world_size and any(first != r - r % local[0] for r, (_, first) in enumerate(told))
+    node = local[0] if len(set(local)) == 1 and not apart else 1
     if wanted is None:
         memory = device_bytes if offload == "none" else free_bytes / max(1, channel.local_world_size)
         tight = stage == 3 and channel.local_world_size > 1 and weight_bytes > HOST_SHARE * memory
@@ -124,11 +128,19 @@ def choose_layout(
         together = Kind.SHARD_GROUP if offload == "none" else Kind.SHARED_HOST
         wanted = together if anywhere and node > 1 else Kind.SOLO
     size = {Kind.SOLO: 1, Kind.SHARED_HOST: node, Kind.SHARD_GROUP: shard_size or node}[wanted]
-    _check(channel, wanted, size, local, stage, offload)
+    if node == 1 < max(local) and (wanted is Kind.SHARED_HOST or (wanted is Kind.SHARD_GROUP and shard_size is None)):
+        raise ConfigError(
+            "the nodes have unequal numbers of ranks, or a node's ranks do not follow one another",
+            where=f"parallel.layout = {wanted.value}",
+            why=f"ranks on the node of each rank: {local}",
+            remedy="start as many ranks on every node, numbered node by node (mpirun --map-by slot), or use "
+            "parallel.layout=solo",
+        )
+    _check(channel, wanted, size, stage, offload)
     return Layout(wanted, channel.rank, channel.world_size, size)
 
 
-def _check(channel: Channel, kind: Kind, size: int, local: Sequence[int], stage: int, offload: str) -> None:
+def _check(channel: Channel, kind: Kind, size: int, stage: int, offload: str) -> None:
     where = f"parallel.layout = {kind.value}"
     if kind is not Kind.SOLO and stage != 3:
         raise ConfigError(
@@ -142,13 +154,6 @@ def _check(channel: Channel, kind: Kind, size: int, local: Sequence[int], stage:
             "the layout shared_host needs weights in host memory",
             where=where,
             remedy="set deepspeed.zero_optimization.offload_param.device to cpu or nvme, or use shard_group",
-        )
-    if kind is Kind.SHARED_HOST and len(set(local)) > 1:
-        raise ConfigError(
-            "the nodes have unequal numbers of ranks",
-            where=where,
-            why=f"ranks on the node of each rank: {list(local)}",
-            remedy="start as many ranks on every node, or use parallel.layout=solo",
         )
     if channel.world_size % size:
         raise ConfigError(

@@ -70,8 +70,9 @@ def _shared_store(layout: Layout, channel: Channel, timeout_s: float) -> Any:
     name = socket.gethostname().encode()[:_NAME_BYTES]
     names = channel.all_gather(torch.tensor(list(name.ljust(_NAME_BYTES, b"\0")), dtype=torch.uint8))
     leader = layout.members[0]
-    on_this_node = leader >= layout.rank - channel.local_rank
-    host = "127.0.0.1" if on_this_node else bytes(names[leader].tolist()).rstrip(b"\0").decode()
+    host = bytes(names[leader].tolist()).rstrip(b"\0").decode()
+    near = channel.local_world_size == channel.world_size or leader >= layout.rank - channel.local_rank
+    host = "127.0.0.1" if near and host == name.decode() else host
     try:
         return store or TCPStore(host, int(ports[leader]), layout.size, False, timeout)
     except RuntimeError as error:

@@ -149,15 +149,20 @@ class DiskFile:
             self._apply(extent, buffer, self._missing(extent))
             return buffer
 
-    def give_back(self, extent: Extent, buffer: Tensor) -> None:
-        """Take back what `read` gave; the buffer is used again, unless somebody kept a view of it."""
+    def give_back(self, extent: Extent, buffer: Tensor, *, shown: bool = False) -> None:
+        """Take back what `read` gave, to be used again.
+
+        Args:
+            extent: of the shard.
+            buffer: of it.
+            shown: a module has had it, which may have kept a view.
+        """
         self._used.discard(extent.name)
-        self._keep(buffer)
+        # Two references: the buffer, and the storage that is asked.
+        if not shown or torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) <= 2:
+            self._keep(buffer)
 
     def _keep(self, buffer: Tensor) -> None:
-        # Two references: the buffer, and the storage that is asked.
-        if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) > 2:
-            return
         with self._lock:
             kept = sum(size * len(buffers) for size, buffers in self._free.items())
             # Of sizes that come again soon, and no more than the largest shard has.
@@ -167,8 +172,12 @@ class DiskFile:
     def close(self) -> None:
         """Let go of the file."""
         self._workers.shutdown(cancel_futures=True)
-        with suppress(OSError):
-            os.close(self._handle)
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _read_ahead(self) -> None:
         """Begin to read what came next the last time, as much as the largest shard has."""
@@ -202,8 +211,8 @@ class DiskFile:
             missing = self._missing(extent)
             if missing:
                 self._apply(extent, buffer, missing)
-                extent.applied += len(missing)
                 self._write(extent, buffer)
+                extent.applied += len(missing)  # not before: a write that failed has changed nothing
             return buffer
 
     def _missing(self, extent: Extent) -> Sequence[Pending]:

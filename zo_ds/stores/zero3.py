@@ -26,6 +26,8 @@ from zo_ds.stores.base import Stored, WeightStore
 
 _HELD = "held by zo_ds"
 """Stands among the modules that use a parameter, so that DeepSpeed does not release it."""
+_NOTHING: dict[torch.dtype, Tensor] = {}
+"""What every hollow tensor of a dtype shows."""
 Home = Callable[[str, int, Tensor], Tensor]
 """(name, elements of the shard, the whole parameter) -> where its shard lives; flat, contents do not matter."""
 
@@ -79,12 +81,13 @@ def _settle(parameter: Any, place: Tensor, count: int, world: int, device: torch
 
 def hollow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of a shape that takes no memory and holds nothing, to be filled where its shards live."""
-    return torch.empty((), dtype=dtype).expand(tuple(shape))
+    return _NOTHING.setdefault(dtype, torch.empty((), dtype=dtype)).expand(tuple(shape))
 
 
 def is_hollow(tensor: Tensor) -> bool:
     """Whether a tensor is one of `hollow`."""
-    return tensor.numel() > 1 and not any(tensor.stride())
+    nothing = _NOTHING.get(tensor.dtype)
+    return nothing is not None and tensor.data_ptr() == nothing.data_ptr()
 
 
 class Zero3Store(WeightStore):

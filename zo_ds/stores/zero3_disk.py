@@ -95,13 +95,17 @@ class Zero3DiskStore(Zero3Store):
         self._file.close()
 
     def _bring(self, params: list[Any]) -> None:
-        for sharded in params:
-            if sharded in self._extents and sharded not in self._here:
+        brought = [one for one in params if one in self._extents and one not in self._here]
+        try:
+            for sharded in brought:
                 self._here[sharded] = self._file.read(self._extents[sharded])
                 sharded.ds_tensor.data = self._here[sharded]
+        except BaseException:
+            self._let_go(brought)  # nobody else will: they were not fetched
+            raise
 
     def _let_go(self, params: list[Any]) -> None:
         for sharded in params:
             if sharded in self._here and sharded.ds_status is ZeroParamStatus.NOT_AVAILABLE:
                 sharded.ds_tensor.data = torch.empty(0, dtype=sharded.dtype)
-                self._file.give_back(self._extents[sharded], self._here.pop(sharded))
+                self._file.give_back(self._extents[sharded], self._here.pop(sharded), shown=True)
