@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+_OF_COLLECTIVES = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+
 
 class ZODSError(Exception):
     """Base of every error zo_ds raises on purpose.
@@ -36,6 +38,11 @@ class ZODSError(Exception):
         code, what, where, why, remedy = json.loads(text)
         kind = next((kind for kind in ZODSError.__subclasses__() if kind.exit_code == code), ZODSError)
         return kind(what, where=where, why=why, remedy=remedy)
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Whether an error of torch tells that a rank on the other end of a collective is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_COLLECTIVES)
 
 
 class ConfigError(ZODSError):

@@ -352,28 +352,9 @@ SAVING = Point("zo_ds.stores.zero3.Zero3Store.take_part")
 @pytest.mark.parametrize(
     ("victim", "at", "number"),
     [
-        pytest.param(
-            0,
-            FORWARD,
-            3,
-            marks=pytest.mark.xfail(
-                strict=True, reason="Joiner._make takes gloo's error for one of the model's and calls DeepSpeed again"
-            ),
-        ),
-        pytest.param(
-            1,
-            FORWARD,
-            3,
-            marks=pytest.mark.xfail(
-                strict=True, reason="Joiner._make takes gloo's error for one of the model's and calls DeepSpeed again"
-            ),
-        ),
-        pytest.param(
-            1,
-            SAVING,
-            1,
-            marks=pytest.mark.xfail(strict=True, reason="only engine.step and evaluations translate gloo's error"),
-        ),
+        (0, FORWARD, 3),
+        (1, FORWARD, 3),
+        (1, SAVING, 1),
     ],
     ids=["first-in-forward", "second-in-forward", "second-while-saving"],
 )

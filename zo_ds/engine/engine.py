@@ -19,7 +19,7 @@ from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
 from zo_ds.engine.measure import Measurement
 from zo_ds.engine.skips import SkipWatch
-from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError
+from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError, of_a_collective
 from zo_ds.forward.displacement import Displacement
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.history import History
@@ -160,6 +160,10 @@ class ZOEngine:
             MachineError: the journal could not be written; nothing was applied.
             StoppedError: a rank was asked to stop; the step is done and durable.
         """
+        with self._group_alive():
+            return self._step(batch, spare)
+
+    def _step(self, batch: Batch, spare: Batch | None) -> StepOutput:
         started, sent, moved = time.perf_counter(), self.channel.sent, self.store.traffic.copy()
         units = batch if isinstance(batch, list) else [batch]
         if self._off_journal:
@@ -174,8 +178,7 @@ class ZOEngine:
         plan = probes(self.config.estimator_spec)
         seed = step_seed(self.config.run_seed, step)
         places = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
-        with self._group_alive():
-            measured = self._measurement.run(units, places, f"step {step}", spare)
+        measured = self._measurement.run(units, places, f"step {step}", spare)
         found = verdict(measured.means, self.config.estimator_spec, lr, eps)
         record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread, state_hash)
         self._agree(record)
@@ -218,7 +221,7 @@ class ZOEngine:
         try:
             yield
         except RuntimeError as error:
-            if not self.layout.lockstep or not any(word in str(error) for word in _OF_COLLECTIVES):
+            if not self.layout.lockstep or not of_a_collective(error):
                 raise
             raise PeerError(
                 "a rank of this shard group is gone",
@@ -229,7 +232,8 @@ class ZOEngine:
 
     def digest(self) -> str:
         """SHA-256 of the trained weights."""
-        return self.store.digest()
+        with self._group_alive():
+            return self.store.digest()
 
     def save_pretrained(
         self, folder: str | Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
@@ -244,10 +248,11 @@ class ZOEngine:
         Raises:
             MachineError: the folder cannot be written.
         """
-        if self.channel.rank == 0:
-            save_pretrained(self.store, Path(folder), tokenizer, note)
-        elif self.layout.replica == 0 and self.store.collective:
-            self.store.take_part()
+        with self._group_alive():
+            if self.channel.rank == 0:
+                save_pretrained(self.store, Path(folder), tokenizer, note)
+            elif self.layout.replica == 0 and self.store.collective:
+                self.store.take_part()
         self.channel.barrier()
 
     def load_weights(self, weights: Mapping[str, Tensor] | Source) -> None:
@@ -357,10 +362,6 @@ class ZOEngine:
             seconds = time.perf_counter() - started + deferred - self._deferred
             self._deferred = deferred
             self._durability.applied(record, seconds)
-
-
-_OF_COLLECTIVES = ("gloo", "NCCL", "Connection", "connection")
-"""Words in the errors of torch's collectives."""
 
 
 def decays(config: ZerothOrderConfig) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_ds.errors import ConfigError
+from zo_ds.errors import ConfigError, of_a_collective
 from zo_ds.forward.axes import calls_of, find_axes
 from zo_ds.forward.backbone import Backbone, find_backbone, outside_of
 from zo_ds.forward.displacement import Place
@@ -168,6 +168,8 @@ class BatchedEvaluator(Evaluator):
             with calls_of(module) as doubled:
                 original(*again, **more)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if of_a_collective(error):
+                raise
             return output, {None: f"twice the examples fail ({str(error).splitlines()[0]}); something"}
         tokens = lead.shape[1] if lead.dim() > 1 else 1
         found = find_axes(once, doubled, self.perturber.holders, lead.shape[0], tokens)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_structure
 
+from zo_ds.errors import of_a_collective
 from zo_ds.forward.backbone import Backbone
 from zo_ds.forward.displacement import Place, run_of_one_seed
 from zo_ds.forward.modules import Forward
@@ -144,6 +145,8 @@ class Joiner:
             made = self._joint(original, inputs, places, number)
             made.part(number)
         except (LostAxisError, ValueError, RuntimeError, TypeError, IndexError) as error:
+            if of_a_collective(error):
+                raise
             return None, str(error).splitlines()[0] if str(error) else type(error).__name__
         self._calls.append(made)
         return made, ""
