@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ZODSError
 from zo_ds.parallel.channel import Channel
-from zo_ds.parallel.gloo import GlooChannel
+from zo_ds.parallel.tcp import TCPChannel
 
 # Before anything imports deepspeed: it would look for accelerators once, at import.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -151,8 +151,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(rank: int, ranks: int, port: int, timeout_s: float = 30.0) -> GlooChannel:
-    return GlooChannel(rank, ranks, rank, ranks, "127.0.0.1", port, timeout_s, serve=rank == 0)
+def join(rank: int, ranks: int, port: int, timeout_s: float = 30.0) -> TCPChannel:
+    return TCPChannel(rank, ranks, rank, ranks, "127.0.0.1", port, timeout_s, serve=rank == 0)
 
 
 def on_ranks(ranks: int, work: Callable[[Channel], Result], timeout_s: float = 30.0) -> list[Result | ZODSError]:

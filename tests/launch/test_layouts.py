@@ -425,7 +425,7 @@ class Counting:
 
 
 torch.set_num_threads(1)
-channel, found = Counting(open_channel(60, "gloo")), {}
+channel, found = Counting(open_channel(60, "tcp")), {}
 for width, population in ((96, 1), (288, 1), (288, 2)):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=4096, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
@@ -513,7 +513,7 @@ def test_sent_bytes_are_in_the_metrics(
 
 
 WIRE = 2400
-"""Bytes of a step and rank that the network may add: about 1200 are measured. In each of the three exchanges gloo tells
+"""Bytes of a step and rank that the network may add: about 1200 are measured. In each of the three exchanges gloo told
 the other rank that it is ready, and sends; both are acknowledged, and every packet has 66 bytes of heads."""
 
 

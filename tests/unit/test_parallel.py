@@ -222,7 +222,7 @@ def test_a_peer_that_falls_silent() -> None:
 
     error, _ = on_ranks(2, work, timeout_s=1.5)
     assert isinstance(error, PeerError)
-    assert (error.what, error.where) == ("another rank is gone", "rank 0 of 2")
+    assert (error.what, error.where) == ("another rank is gone", "rank 0 of 2, about rank 1")
     assert error.why
 
 
@@ -252,3 +252,53 @@ def test_channel_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch)
         gathered = pool.submit(peer.result().all_gather, torch.tensor([7]))
         assert [int(t) for t in channel.all_gather(torch.tensor([6]))] == [6, 7]
         assert [int(t) for t in gathered.result()] == [6, 7]
+
+
+def test_more_than_the_system_buffers_crosses_both_ways() -> None:
+    size = 8 * 2**20
+
+    def work(channel: Channel) -> tuple[bool, bytes]:
+        gathered = channel.all_gather(torch.full((size,), channel.rank, dtype=torch.uint8))
+        right = all(bool((part == rank).all()) for rank, part in enumerate(gathered))
+        return right, channel.broadcast(bytes([channel.rank + 7]) * size)[-3:]
+
+    assert on_ranks(3, work) == [(True, b"\x07\x07\x07")] * 3
+
+
+def test_ranks_at_different_exchanges_do_not_take_one_for_the_other() -> None:
+    def work(channel: Channel) -> Any:
+        return channel.all_gather(torch.zeros(1 + channel.rank))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, PeerError)
+
+
+def test_a_stranger_at_the_port_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port scanners knock at every open port."""
+    made = socket.create_server
+    knocked = []
+
+    def create(address: Any, **how: Any) -> socket.socket:
+        listener = made(address, **how)
+        stranger = socket.create_connection(listener.getsockname())
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        knocked.append(stranger)
+        return listener
+
+    monkeypatch.setattr(socket, "create_server", create)
+    assert on_ranks(2, lambda channel: [int(v) for v in channel.all_gather(torch.tensor(channel.rank))]) == [[0, 1]] * 2
+    assert len(knocked) == 2
+
+
+def test_gloo_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import conftest
+    from zo_ds.parallel.gloo import GlooChannel
+
+    def work(channel: Channel) -> tuple[Any, ...]:
+        values = torch.arange(6, dtype=torch.float64).view(2, 3) * (channel.rank + 1)
+        gathered = channel.all_gather(values)
+        return [part.tolist() for part in gathered], channel.broadcast(b"word" * 9), channel.sent
+
+    by_tcp = on_ranks(3, work)
+    monkeypatch.setattr(conftest, "TCPChannel", GlooChannel)
+    assert on_ranks(3, work) == by_tcp

@@ -177,8 +177,8 @@ class ParallelConfig(Section):
     gpu_budget_gib: PositiveFloat | Literal["auto"] = "auto"
     """GPU memory that a rank may take, where weights are offloaded; what activations and buffers leave of it keeps
     weights. auto: what is free."""
-    channel: Literal["auto", "gloo", "mpi"] = "auto"
-    """What scalars cross between ranks on; auto: MPI if mpirun started them and mpi4py is installed, else gloo."""
+    channel: Literal["auto", "tcp", "gloo", "mpi"] = "auto"
+    """What scalars cross between ranks on; auto: MPI if mpirun started them and mpi4py is installed, else TCP."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of each rank; auto: the cores of the node divided by its ranks."""
     timeout_s: PositiveFloat = 600.0

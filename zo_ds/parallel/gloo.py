@@ -1,4 +1,7 @@
-"""The channel over a gloo group of its own, joined through a store at MASTER_ADDR:MASTER_PORT."""
+"""The channel over a gloo group of torch.distributed's that DeepSpeed does not know about.
+
+Slower than `zo_ds.parallel.tcp`: gloo asks the receiver whether it is ready, so that an exchange takes a round trip.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
-from zo_ds.errors import MachineError, PeerError
+from zo_ds.errors import PeerError
+from zo_ds.parallel.tcp import join_error
 
 
 class GlooChannel:
@@ -45,7 +49,7 @@ class GlooChannel:
             prefixed = PrefixStore("zo_ds_scalars", self._store)
             self._group = ProcessGroupGloo(prefixed, rank, world_size, timeout)
         except RuntimeError as error:
-            raise _join_error(error, address, port, rank, timeout_s) from error
+            raise join_error(error, address, port, rank, timeout_s) from error
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """The CPU tensor of every rank, in rank order.
@@ -97,20 +101,3 @@ class GlooChannel:
         """Leave the group once every rank is done with it."""
         self.barrier()
         self._group.shutdown()
-
-
-def _join_error(error: RuntimeError, address: str, port: int, rank: int, timeout_s: float) -> MachineError | PeerError:
-    reason = str(error).splitlines()[0]
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return MachineError(
-            f"port {port} is taken",
-            where=f"MASTER_PORT={port} on {address}",
-            why=reason,
-            remedy=f"choose another one: deepspeed --master_port {port + 1} ... (or torchrun --master_port)",
-        )
-    return PeerError(
-        f"the ranks did not find each other within {timeout_s:g} s",
-        where=f"rank {rank}, MASTER_ADDR={address} MASTER_PORT={port}",
-        why=reason,
-        remedy="check that every rank was started and that the address is reachable from all nodes",
-    )

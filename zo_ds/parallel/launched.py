@@ -11,6 +11,7 @@ from zo_ds.errors import ConfigError
 from zo_ds.parallel.channel import Channel, SoloChannel
 from zo_ds.parallel.gloo import GlooChannel
 from zo_ds.parallel.mpi import MPIChannel
+from zo_ds.parallel.tcp import TCPChannel
 
 DEFAULT_PORT = 29500
 _MPI = (
@@ -25,16 +26,16 @@ def launched() -> bool:
     return "RANK" in os.environ or _of_mpi(os.environ) is not None
 
 
-def open_channel(timeout_s: float, kind: Literal["auto", "gloo", "mpi"] = "auto") -> Channel:
+def open_channel(timeout_s: float, kind: Literal["auto", "tcp", "gloo", "mpi"] = "auto") -> Channel:
     """The channel of this process, from the launcher's environment; a world of one without it.
 
     Args:
         timeout_s: how long to wait for the other ranks.
-        kind: auto takes MPI if mpirun started this process and mpi4py is there, else gloo.
+        kind: auto takes MPI if mpirun started this process and mpi4py is there, else TCP.
 
     Raises:
         ConfigError: MPI is wanted, but nothing that knows MPI started this process.
-        MachineError, PeerError: see `GlooChannel` and `MPIChannel`.
+        MachineError, PeerError: see `TCPChannel`, `GlooChannel` and `MPIChannel`.
     """
     env = os.environ
     mpi = None if "RANK" in env else _of_mpi(env)
@@ -42,14 +43,14 @@ def open_channel(timeout_s: float, kind: Literal["auto", "gloo", "mpi"] = "auto"
         raise ConfigError(
             "this process was not started by MPI",
             where="parallel.channel",
-            remedy="start it with launch/mpi.sh, mpirun or deepspeed --launcher openmpi, or set parallel.channel=gloo",
+            remedy="start it with launch/mpi.sh, mpirun or deepspeed --launcher openmpi, or set parallel.channel=tcp",
         )
     if kind == "mpi" or (kind == "auto" and mpi is not None and find_spec("mpi4py") is not None):
         return MPIChannel()
     rank, world_size, local_rank, local_world_size = mpi or _of_torch(env)
     if world_size == 1:
         return SoloChannel()
-    return GlooChannel(
+    return (GlooChannel if kind == "gloo" else TCPChannel)(
         rank,
         world_size,
         local_rank,

@@ -27,7 +27,7 @@ class MPIChannel:
                 "MPI cannot be used",
                 where="parallel.channel",
                 why=str(error).splitlines()[0],
-                remedy="pip install 'zo_ds[mpi]' beside an MPI library, or parallel.channel=gloo",
+                remedy="pip install 'zo_ds[mpi]' beside an MPI library, or parallel.channel=tcp",
             ) from error
         self._comm: Any = MPI.COMM_WORLD.Dup()
         self.rank, self.world_size = self._comm.Get_rank(), self._comm.Get_size()
