@@ -28,10 +28,10 @@ import zo_ds.engine.engine as engine
 import zo_ds.trainer.session as session
 
 def raise_in_one(original):
-    def step(self, batch):
+    def step(self, batch, spare=None):
         if self.steps_done == 3 and os.environ["LOCAL_RANK"] == "1":
             raise RuntimeError("only here")
-        return original(self, batch)
+        return original(self, batch, spare)
     return step
 
 def save_slowly(original):

@@ -33,20 +33,21 @@ def around(function: str, inside: str = "", about: str = "") -> list[Point]:
 
 
 ENGINE, JOURNAL, SNAPSHOT = "zo_ds.engine.engine.ZOEngine", "zo_ds.journal.journal", "zo_ds.journal.snapshot"
+MEASURE = "zo_ds.engine.measure.Measurement.run"
 APPEND, ROTATE, SEGMENT = f"{JOURNAL}.Journal.append", f"{JOURNAL}.Journal.rotate", f"{JOURNAL}._new_segment"
 WRITE_SNAPSHOT, SHARDS = "zo_ds.engine.snapshots.write_snapshot", "zo_ds.stores.shards"
 SESSION, RUN_DIR = "zo_ds.trainer.session.Session", "zo_ds.trainer.run_dir"
 
 FIRST_LIFE = [
     # A step: losses, agreement, record, vote, update.
-    *around(f"{ENGINE}._gathered_losses"),
+    *around(MEASURE),
     *around(f"{ENGINE}._agree"),
     *around(APPEND),
     *around(f"{JOURNAL}.write_all", inside=APPEND),
     Point(f"{JOURNAL}.sync_handle", after=True, inside=APPEND),
     *around(f"{ENGINE}._commit"),
     Point("zo_ds.parallel.channel.SoloChannel.all_gather", inside=f"{ENGINE}._commit"),
-    *around("zo_ds.stores.base.WeightStore.apply"),
+    *around(f"{ENGINE}._apply"),
     *around("zo_ds.engine.durability.Durability.applied"),
     *around("zo_ds.trainer.report.Progress.step"),
     Point("zo_ds.trainer.report.Progress._emit", after=True),
@@ -196,7 +197,7 @@ def test_crash_point(
 @pytest.mark.parametrize("point", SECOND_LIFE, ids=str)
 def test_crash_point_of_a_life_that_goes_on(zygote: Zygote, short: list[Job], tmp_path: Path, point: Point) -> None:
     job, watch = short[SECOND_LIFE.index(point) % 2], Watch(tmp_path)
-    for crash in ((Point(f"{ENGINE}._gathered_losses"), 9), (point, 1)):
+    for crash in ((Point(MEASURE), 9), (point, 1)):
         assert zygote.run(job.start(tmp_path, crash=crash)) == -signal.SIGKILL
         watch.look()
     assert_as_if_nothing_had_happened(zygote, job, tmp_path, watch)
@@ -212,7 +213,7 @@ def test_a_snapshot_that_was_never_finished_goes(zygote: Zygote, short: list[Job
 
 def test_the_snapshot_that_a_run_goes_on_from_is_left_alone(zygote: Zygote, short: list[Job], tmp_path: Path) -> None:
     """Killed when the snapshot before a step is whole and the step's record is not written."""
-    pause = Point(f"{ENGINE}._gathered_losses")
+    pause = Point(MEASURE)
     end = Point(f"{SNAPSHOT}.write_atomically", after=True, about="step-00000003/COMMIT")
     assert zygote.run(short[0].start(tmp_path, pause=(pause, 4), crash=(end, 1))) == -signal.SIGKILL
     assert_as_if_nothing_had_happened(zygote, short[0], tmp_path, Watch(tmp_path))
@@ -295,7 +296,7 @@ def test_a_signal_while_a_run_is_set_up(zygote: Zygote, short: list[Job], tmp_pa
 
 def hanging(zygote: Zygote, job: Job, home: Path, grace: float) -> Life:
     """A run that hangs in its sixth step and has been told to stop."""
-    point = Point(f"{ENGINE}._gathered_losses")
+    point = Point(MEASURE)
     life = zygote.start(job.start(home, pause=(point, 6), constants={"zo_ds.trainer.health.GRACE_S": grace}))
     until((home / "paused").exists, life)
     life.kill(signal.SIGTERM)
