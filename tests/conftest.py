@@ -17,7 +17,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from zo_ds.errors import ZODSError
-from zo_ds.parallel.channel import Channel
+from zo_ds.parallel.channel import Channel, Seat
 from zo_ds.parallel.tcp import TCPChannel
 
 # Before anything imports deepspeed: it would look for accelerators once, at import.
@@ -152,7 +152,7 @@ def free_port() -> int:
 
 
 def join(rank: int, ranks: int, port: int, timeout_s: float = 30.0) -> TCPChannel:
-    return TCPChannel(rank, ranks, rank, ranks, "127.0.0.1", port, timeout_s, serve=rank == 0)
+    return TCPChannel(Seat(rank, ranks, rank, ranks, "127.0.0.1", port, serve=rank == 0), timeout_s)
 
 
 def on_ranks(ranks: int, work: Callable[[Channel], Result], timeout_s: float = 30.0) -> list[Result | ZODSError]:

@@ -273,21 +273,23 @@ def test_ranks_at_different_exchanges_do_not_take_one_for_the_other() -> None:
         assert isinstance(error, PeerError)
 
 
-def test_a_stranger_at_the_port_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_at_the_port_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Port scanners knock at every open port."""
     made = socket.create_server
     knocked = []
 
     def create(address: Any, **how: Any) -> socket.socket:
         listener = made(address, **how)
-        stranger = socket.create_connection(listener.getsockname())
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        knocked.append(stranger)
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b""):
+            stranger = socket.create_connection(listener.getsockname())
+            stranger.sendall(words)
+            knocked.append(stranger)
         return listener
 
     monkeypatch.setattr(socket, "create_server", create)
+    monkeypatch.setattr("zo_ds.parallel.tcp._GREETING_S", 0.2)
     assert on_ranks(2, lambda channel: [int(v) for v in channel.all_gather(torch.tensor(channel.rank))]) == [[0, 1]] * 2
-    assert len(knocked) == 2
+    assert len(knocked) == 4
 
 
 def test_gloo_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

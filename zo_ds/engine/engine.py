@@ -30,7 +30,7 @@ from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
 from zo_ds.maths.update import Term, Update
 from zo_ds.ops.plan import Plan
-from zo_ds.parallel.channel import Channel, agree
+from zo_ds.parallel.channel import Channel, agree, gone
 from zo_ds.parallel.grid import Grid
 from zo_ds.parallel.layout import Kind, Layout
 from zo_ds.parallel.world import leave_world
@@ -223,12 +223,8 @@ class ZOEngine:
         except RuntimeError as error:
             if not self.layout.lockstep or not of_a_collective(error):
                 raise
-            raise PeerError(
-                "a rank of this shard group is gone",
-                where=f"rank {self.layout.rank}, group of ranks {list(self.layout.members)}",
-                why=str(error).splitlines()[0],
-                remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
-            ) from error
+            where = f"rank {self.layout.rank}, group of ranks {list(self.layout.members)}"
+            raise gone(where, str(error).splitlines()[0], "a rank of this shard group") from error
 
     def digest(self) -> str:
         """SHA-256 of the trained weights."""

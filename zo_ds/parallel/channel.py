@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -50,6 +51,26 @@ class Channel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What a launcher told a process.
+
+    Attributes:
+        rank, world_size: of the job.
+        local_rank, local_world_size: of this node.
+        address, port: where rank 0 listens.
+        serve: whether this process opens the port (rank 0, unless the launcher's agent already serves it).
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str
+    port: int
+    serve: bool
+
+
 class SoloChannel:
     """A world of one: nothing to exchange, no port needed."""
 
@@ -68,6 +89,16 @@ class SoloChannel:
 
     def close(self) -> None:
         """Nothing to leave."""
+
+
+def gone(where: str, why: str, what: str = "another rank") -> PeerError:
+    """The error of a rank that cannot go on without another one."""
+    return PeerError(
+        f"{what} is gone",
+        where=where,
+        why=why,
+        remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
+    )
 
 
 def on_rank_0(channel: Channel, work: Callable[[], Result]) -> Result | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from zo_ds.errors import PeerError
+from zo_ds.parallel.channel import Seat, gone
 from zo_ds.parallel.tcp import join_error
 
 
@@ -19,37 +20,25 @@ class GlooChannel:
     """Ranks of a launched job, joined through a store at MASTER_ADDR:MASTER_PORT.
 
     Args:
-        rank, world_size, local_rank, local_world_size: as the launcher numbered them.
-        address, port: where rank 0 listens.
+        seat: of this process.
         timeout_s: after how long a silent peer counts as dead.
-        serve: whether this process opens the port (rank 0, unless the launcher's agent already serves it).
 
     Raises:
         MachineError: rank 0 cannot open the port.
         PeerError: the other ranks did not join in time.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        local_rank: int,
-        local_world_size: int,
-        address: str,
-        port: int,
-        timeout_s: float,
-        serve: bool,
-    ) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.local_rank, self.local_world_size = local_rank, local_world_size
+    def __init__(self, seat: Seat, timeout_s: float) -> None:
+        self.rank, self.world_size = seat.rank, seat.world_size
+        self.local_rank, self.local_world_size = seat.local_rank, seat.local_world_size
         self.sent = 0
         timeout = timedelta(seconds=timeout_s)
         try:
-            self._store = TCPStore(address, port, world_size, serve, timeout)
+            self._store = TCPStore(seat.address, seat.port, seat.world_size, seat.serve, timeout)
             prefixed = PrefixStore("zo_ds_scalars", self._store)
-            self._group = ProcessGroupGloo(prefixed, rank, world_size, timeout)
+            self._group = ProcessGroupGloo(prefixed, seat.rank, seat.world_size, timeout)
         except RuntimeError as error:
-            raise join_error(error, address, port, rank, timeout_s) from error
+            raise join_error(error, seat, timeout_s) from error
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """The CPU tensor of every rank, in rank order.
@@ -86,12 +75,7 @@ class GlooChannel:
         return buffer.numpy().tobytes()
 
     def _gone(self, error: RuntimeError) -> PeerError:
-        return PeerError(
-            "another rank is gone",
-            where=f"rank {self.rank} of {self.world_size}",
-            why=str(error).splitlines()[0],
-            remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
-        )
+        return gone(f"rank {self.rank} of {self.world_size}", str(error).splitlines()[0])
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

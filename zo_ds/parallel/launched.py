@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from zo_ds.errors import ConfigError
-from zo_ds.parallel.channel import Channel, SoloChannel
+from zo_ds.parallel.channel import Channel, Seat, SoloChannel
 from zo_ds.parallel.gloo import GlooChannel
 from zo_ds.parallel.mpi import MPIChannel
 from zo_ds.parallel.tcp import TCPChannel
@@ -39,7 +39,7 @@ def open_channel(timeout_s: float, kind: Literal["auto", "tcp", "gloo", "mpi"] =
     """
     env = os.environ
     mpi = None if "RANK" in env else _of_mpi(env)
-    if kind == "mpi" and mpi is None and _of_mpi(env) is None:
+    if kind == "mpi" and _of_mpi(env) is None:
         raise ConfigError(
             "this process was not started by MPI",
             where="parallel.channel",
@@ -50,16 +50,16 @@ def open_channel(timeout_s: float, kind: Literal["auto", "tcp", "gloo", "mpi"] =
     rank, world_size, local_rank, local_world_size = mpi or _of_torch(env)
     if world_size == 1:
         return SoloChannel()
-    return (GlooChannel if kind == "gloo" else TCPChannel)(
+    seat = Seat(
         rank,
         world_size,
         local_rank,
         local_world_size,
         env.get("MASTER_ADDR", "127.0.0.1"),
         int(env.get("MASTER_PORT", DEFAULT_PORT)),
-        timeout_s,
         serve=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
+    return GlooChannel(seat, timeout_s) if kind == "gloo" else TCPChannel(seat, timeout_s)
 
 
 def _of_torch(env: Mapping[str, str]) -> tuple[int, int, int, int]:

@@ -17,57 +17,49 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from zo_ds.errors import MachineError, PeerError
+from zo_ds.parallel.channel import Seat, gone
 
 _HEAD = struct.Struct("<Q")
 _GREETING = struct.Struct("<8sQ")
 _MAGIC = b"zo_ds-01"
+_GREETING_S = 5.0
 
 
 class TCPChannel:
     """Ranks of a launched job, which find each other through a store at MASTER_ADDR:MASTER_PORT.
 
     Args:
-        rank, world_size, local_rank, local_world_size: as the launcher numbered them.
-        address, port: where rank 0 listens.
+        seat: of this process.
         timeout_s: after how long a silent peer counts as dead.
-        serve: whether this process opens the port (rank 0, unless the launcher's agent already serves it).
 
     Raises:
         MachineError: rank 0 cannot open the port.
         PeerError: the other ranks did not join in time.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        local_rank: int,
-        local_world_size: int,
-        address: str,
-        port: int,
-        timeout_s: float,
-        serve: bool,
-    ) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.local_rank, self.local_world_size = local_rank, local_world_size
+    def __init__(self, seat: Seat, timeout_s: float) -> None:
+        self.rank, self.world_size = seat.rank, seat.world_size
+        self.local_rank, self.local_world_size = seat.local_rank, seat.local_world_size
         self.sent = 0
         self._timeout_s = timeout_s
         self._peers: dict[int, socket.socket] = {}
         try:
-            self._store = TCPStore(address, port, world_size, serve, timedelta(seconds=timeout_s))
-            self._join(address, port)
+            timeout = timedelta(seconds=timeout_s)
+            self._store = TCPStore(seat.address, seat.port, seat.world_size, seat.serve, timeout)
+            self._join(seat)
         except (RuntimeError, OSError) as error:
             self._hang_up()
-            raise join_error(error, address, port, rank, timeout_s) from error
+            raise join_error(error, seat, timeout_s) from error
 
-    def _join(self, address: str, port: int) -> None:
+    def _join(self, seat: Seat) -> None:
         """Connect to the ranks before this one, and be called by those after it."""
         deadline = time.monotonic() + self._timeout_s
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        family, _, _, _, rank_0 = socket.getaddrinfo(seat.address, seat.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             # Nothing is sent: the system tells which of this host's addresses leads to rank 0.
-            probe.connect((socket.gethostbyname(address), port))
+            probe.connect(rank_0)
             host = probe.getsockname()[0]
-        with socket.create_server((host, 0), backlog=self.world_size) as listener:
+        with socket.create_server((host, 0), family=family, backlog=self.world_size) as listener:
             self._store.set(f"zo_ds/{self.rank}", f"{host}:{listener.getsockname()[1]}")
             for other in range(self.rank):
                 name, _, number = self._store.get(f"zo_ds/{other}").decode().rpartition(":")
@@ -77,9 +69,8 @@ class TCPChannel:
             while len(self._peers) < self.world_size - 1:
                 listener.settimeout(max(0.01, deadline - time.monotonic()))
                 peer, _ = listener.accept()
-                peer.settimeout(self._timeout_s)
-                magic, other = _GREETING.unpack(_exactly(peer, _GREETING.size))
-                if magic == _MAGIC and self.rank < other < self.world_size:
+                other = _greeted(peer)
+                if self.rank < other < self.world_size:
                     self._keep(other, peer)
                 else:
                     peer.close()  # somebody else who knocked at the port
@@ -175,12 +166,7 @@ class TCPChannel:
                 del waiting[rank]
 
     def _gone(self, rank: int, why: str) -> PeerError:
-        return PeerError(
-            "another rank is gone",
-            where=f"rank {self.rank} of {self.world_size}, about rank {rank}",
-            why=why,
-            remedy="look for the first error in the other ranks' logs (log-rankN.txt in the run directory)",
-        )
+        return gone(f"rank {self.rank} of {self.world_size}, about rank {rank}", why)
 
     def _hang_up(self) -> None:
         for peer in self._peers.values():
@@ -193,29 +179,30 @@ def _events(rank: int, left: dict[int, memoryview], missing: dict[int, memoryvie
     return (selectors.EVENT_WRITE if rank in left else 0) | (selectors.EVENT_READ if rank in missing else 0)
 
 
-def _exactly(peer: socket.socket, count: int) -> bytes:
+def _greeted(peer: socket.socket) -> int:
+    """The rank that has just connected, -1 if it does not say so at once."""
+    peer.settimeout(_GREETING_S)
     raw = b""
-    while len(raw) < count:
-        got = peer.recv(count - len(raw))
-        if not got:
-            return raw.ljust(count, b"\0")
-        raw += got
-    return raw
+    with suppress(OSError):
+        while len(raw) < _GREETING.size and (got := peer.recv(_GREETING.size - len(raw))):
+            raw += got
+    magic, rank = _GREETING.unpack(raw.ljust(_GREETING.size, b"\0"))
+    return int(rank) if magic == _MAGIC else -1
 
 
-def join_error(error: Exception, address: str, port: int, rank: int, timeout_s: float) -> MachineError | PeerError:
+def join_error(error: Exception, seat: Seat, timeout_s: float) -> MachineError | PeerError:
     """Why ranks could not find each other through the store at this address."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return MachineError(
-            f"port {port} is taken",
-            where=f"MASTER_PORT={port} on {address}",
+            f"port {seat.port} is taken",
+            where=f"MASTER_PORT={seat.port} on {seat.address}",
             why=reason,
-            remedy=f"choose another one: deepspeed --master_port {port + 1} ... (or torchrun --master_port)",
+            remedy=f"choose another one: deepspeed --master_port {seat.port + 1} ... (or torchrun --master_port)",
         )
     return PeerError(
         f"the ranks did not find each other within {timeout_s:g} s",
-        where=f"rank {rank}, MASTER_ADDR={address} MASTER_PORT={port}",
+        where=f"rank {seat.rank}, MASTER_ADDR={seat.address} MASTER_PORT={seat.port}",
         why=reason,
         remedy="check that every rank was started and that the address is reachable from all nodes",
     )
