@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.launch import jobs
 from zo_ds.errors import ConfigError, PeerError
 from zo_ds.maths import noise
-from zo_ds.parallel.layout import HOST_SHARE, Kind, Layout, agreed_total, choose_layout
+from zo_ds.parallel.layout import ROOM_FOR_COPIES, Kind, Layout, agreed_total, choose_layout
 from zo_ds.stores.zero3 import Zero3Store
 
 GB = 2**30
@@ -77,14 +77,14 @@ def test_copies_that_fit_stay_apart() -> None:
 
 @pytest.mark.parametrize(("offload", "kind"), [("cpu", Kind.SHARED_HOST), ("nvme", Kind.SHARED_HOST)])
 def test_copies_that_do_not_fit_the_host_are_shared(offload: str, kind: Kind) -> None:
-    limit = int(HOST_SHARE * 100 * GB / 4)
+    limit = int(ROOM_FOR_COPIES * 100 * GB / 4)
     assert choose(Answers(1, [4, 4]), offload=offload, weight_bytes=limit).kind is Kind.SOLO
     assert choose(Answers(1, [4, 4]), offload=offload, weight_bytes=limit + 1) == Layout(kind, 1, 8, 4)
     assert choose(Answers(1, [4, 4]), offload=offload, weight_bytes=limit + 1, device_bytes=0).size == 4
 
 
 def test_copies_that_do_not_fit_the_device_are_cut_up() -> None:
-    limit = int(HOST_SHARE * 10 * GB)
+    limit = int(ROOM_FOR_COPIES * 10 * GB)
     given = {"offload": "none", "device_bytes": 10 * GB}
     assert choose(Answers(5, [4, 4]), weight_bytes=limit, **given).kind is Kind.SOLO
     assert choose(Answers(5, [4, 4]), weight_bytes=limit + 1, **given) == Layout(Kind.SHARD_GROUP, 5, 8, 4)

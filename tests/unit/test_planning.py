@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zo_ds.config.deepspeed import resolve_deepspeed
 from zo_ds.errors import ConfigError, DataError
-from zo_ds.forward import joining, replicas
+from zo_ds.forward import joining
 from zo_ds.maths.directions import NoiseStructure
 from zo_ds.models.shapes import KNOWN, meta_model
-from zo_ds.planning import memory
 from zo_ds.planning.budget import plan
 from zo_ds.planning.hardware import ALIASES, PRESETS, Hardware, measure, preset
 from zo_ds.planning.placement import Placement
@@ -124,11 +123,6 @@ def test_a_model_without_layers_has_a_unit_for_each_module() -> None:
     assert blocks_of(model) == []
     assert [unit.name for unit in shapes.units] == ["0", "2"]
     assert small_plan(shapes).resident_fraction == 1
-
-
-def test_the_planner_and_the_forward_agree_on_their_constants() -> None:
-    assert memory.BLOCK_ELEMENTS == replicas.BLOCK_ELEMENTS
-    assert memory.LIVE_TENSORS == joining.LIVE_TENSORS
 
 
 def test_known_models_have_their_published_sizes() -> None:

@@ -12,7 +12,7 @@ from zo_ds.errors import ConfigError
 from zo_ds.parallel.channel import Channel, apart_from_the_first
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-HOST_SHARE = 0.8
+ROOM_FOR_COPIES = 0.8
 """Of the memory that is free, what copies of the weights may take before ranks share one."""
 
 
@@ -123,7 +123,7 @@ def choose_layout(
     node = local[0] if len(set(local)) == 1 and not apart else 1
     if wanted is None:
         memory = device_bytes if offload == "none" else free_bytes / max(1, channel.local_world_size)
-        tight = stage == 3 and channel.local_world_size > 1 and weight_bytes > HOST_SHARE * memory
+        tight = stage == 3 and channel.local_world_size > 1 and weight_bytes > ROOM_FOR_COPIES * memory
         anywhere = any(bool(flag) for flag in channel.all_gather(torch.tensor([tight])))
         together = Kind.SHARD_GROUP if offload == "none" else Kind.SHARED_HOST
         wanted = together if anywhere and node > 1 else Kind.SOLO

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from zo_ds.errors import ConfigError
+from zo_ds.forward.products import linear
 
 
 @dataclass(frozen=True)
@@ -196,14 +197,9 @@ def _copy_rate(device: torch.device, count: int) -> float:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a square product."""
+    """FLOP/s of a square product, as the forward computes it."""
     x = torch.ones(size, size, dtype=dtype, device=device)
-    # On a processor the forward's products go to oneDNN, see `zo_ds.forward.products`.
-    backend: Any = torch.backends.mkldnn
-    onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if backend.is_available() else None
-    if device.type == "cpu" and onednn is not None:
-        return 2.0 * size**3 / _best_of(lambda: onednn(x, x, None, "none", [], ""), device)
-    return 2.0 * size**3 / _best_of(lambda: x @ x, device)
+    return 2.0 * size**3 / _best_of(lambda: linear(x, x), device)
 
 
 def _link_rate(device: torch.device, count: int) -> float:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zo_ds.forward.joining import PassSize
+from zo_ds.forward.replicas import BLOCK_ELEMENTS
 from zo_ds.planning.shapes import VECTOR_BYTES, ModelShapes
 
-BLOCK_ELEMENTS = 2**20
-"""Weights displaced at a time, see `zo_ds.forward.replicas`; a test holds the two equal."""
-LIVE_TENSORS = 4
-"""Activations counted for the choice of replicas in a pass, see `zo_ds.forward.joining`."""
 FLOAT_BYTES = 4
 
 
@@ -47,8 +45,7 @@ def replicas_for(shapes: ModelShapes, work: Work, activation_budget_bytes: int) 
     The largest result of one place's backbone is a layer's widest activation, or a norm's fp32 copy of the stream.
     """
     width = max(shapes.widest * work.dtype_bytes, shapes.hidden * FLOAT_BYTES)
-    largest = max(1, width * work.place_tokens)
-    return min(work.places, max(1, int(activation_budget_bytes / (LIVE_TENSORS * largest))))
+    return min(work.places, PassSize(None, activation_budget_bytes).for_activations(width * work.place_tokens))
 
 
 def layers_bytes(shapes: ModelShapes, work: Work, places: int) -> int:
