@@ -1,10 +1,11 @@
-"""Writing files that matter: complete or not there at all, and durable when a call returns.
+"""Files that matter: complete or not there at all, and durable when a call returns.
 
 Everything goes through functions of `os` that take one step each, so that tests can let every one of them fail.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,22 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
         except InterruptedError:
             continue
         left, offset = left[written:], offset + written
+
+
+def read_all(handle: int, into: memoryview, offset: int) -> None:
+    """Fill a buffer from a place in an open file, however short the single reads are.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    while len(into):
+        try:
+            got = os.preadv(handle, [into], offset)
+        except InterruptedError:
+            continue
+        if not got:
+            raise OSError(errno.EIO, "the file is cut off")
+        into, offset = into[got:], offset + got
 
 
 def reserve(handle: int, size: int) -> None:

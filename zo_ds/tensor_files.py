@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from zo_ds.errors import DataError
+from zo_ds.files import read_all
 
 Source = Callable[[str, int, Tensor], None]
 """(name of a parameter, its first element wanted, flat tensor to be filled): where weights come from."""
 BLOCK_BYTES = 16 * 2**20
 """Read at a time where the bytes must be converted."""
 _LONGEST_HEADER = 100_000_000
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -34,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By their names in a file."""
 _UNREAD = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "U16", "U32", "U64", "C64")
 """Kinds of numbers that nothing here reads; a file may hold some."""
 
@@ -125,13 +127,10 @@ class TensorFiles:
         return ((name, self.tensor(name)) for name in self.entries)
 
     def _fill(self, entry: Entry, offset: int, out: Tensor) -> None:
-        left = out.view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        if not out.numel():
+            return
         try:
-            while len(left):
-                got = os.preadv(self._handles[entry.file], [left], offset)
-                if not got:
-                    raise OSError("the file is cut off")
-                left, offset = left[got:], offset + got
+            read_all(self._handles[entry.file], out.view(torch.uint8).numpy().data, offset)
         except OSError as error:
             raise _unreadable(self._paths[entry.file], error.strerror or str(error)) from error
 
@@ -162,7 +161,7 @@ def _entries(path: Path, handle: int, number: int) -> dict[str, Entry]:
         for name, value in tree.items():
             (first, last), shape = (_sizes(value[key]) for key in ("data_offsets", "shape"))
             spans.append((first, last))
-            dtype = _DTYPES.get(value["dtype"])
+            dtype = DTYPES.get(value["dtype"])
             if dtype is None and value["dtype"] in _UNREAD:
                 continue
             if dtype is None:

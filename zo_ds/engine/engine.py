@@ -32,7 +32,7 @@ from zo_ds.maths.update import Term, Update
 from zo_ds.ops.plan import Plan
 from zo_ds.parallel.channel import Channel, agree, gone
 from zo_ds.parallel.grid import Grid
-from zo_ds.parallel.layout import Kind, Layout
+from zo_ds.parallel.layout import Layout
 from zo_ds.parallel.world import leave_world
 from zo_ds.stores.base import Traffic, WeightStore
 from zo_ds.tensor_files import Source
@@ -284,7 +284,7 @@ class ZOEngine:
 
     def settle(self) -> None:
         """Wait until all parts of the weights that this rank sees have been written; collective."""
-        if self.layout.kind is Kind.SHARED_HOST and self.layout.size > 1:
+        if self.layout.shares_memory:
             self.channel.barrier()
 
     def close(self) -> None:

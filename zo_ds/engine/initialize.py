@@ -16,7 +16,7 @@ from zo_ds.config.load import validate
 from zo_ds.config.schema import ParallelConfig, ZerothOrderConfig, ZOConfig
 from zo_ds.engine.engine import ZOEngine, decays
 from zo_ds.engine.measure import Measurement
-from zo_ds.engine.placement import open_store
+from zo_ds.engine.open_store import open_store
 from zo_ds.engine.resume import Options, open_own_run
 from zo_ds.errors import ConfigError
 from zo_ds.forward.batched import BatchedEvaluator

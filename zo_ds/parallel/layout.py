@@ -60,6 +60,11 @@ class Layout:
         """Whether the ranks of a replica must run the same forwards, since each needs the others' shards."""
         return self.kind is Kind.SHARD_GROUP and self.size > 1
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether other ranks write parts of the weights that this one reads where they lie."""
+        return self.kind is Kind.SHARED_HOST and self.size > 1
+
     def totals(self, parts: Sequence[int]) -> list[int]:
         """Sums modulo 2**64 over the ranks of each replica.
 

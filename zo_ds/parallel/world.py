@@ -28,7 +28,7 @@ def enter_world(layout: Layout, channel: Channel, timeout_s: float) -> None:
         MachineError: torch.distributed is already set up in another way.
         PeerError: the ranks of a shard group did not find each other.
     """
-    members = layout.size if layout.lockstep else 1
+    members, number = (layout.size, layout.member) if layout.lockstep else (1, 0)
     if dist.is_initialized():
         if dist.get_world_size() != members:
             raise MachineError(
@@ -39,7 +39,6 @@ def enter_world(layout: Layout, channel: Channel, timeout_s: float) -> None:
             )
         return
     store = HashStore() if members == 1 else _shared_store(layout, channel, timeout_s)
-    number = layout.member if members > 1 else 0
     # DeepSpeed refuses groups that contradict these; LOCAL_RANK stays, it chooses the device.
     os.environ.update(RANK=str(number), WORLD_SIZE=str(members))
     os.environ.setdefault("LOCAL_RANK", str(channel.local_rank))

@@ -7,7 +7,6 @@ had it.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.errors import MachineError
-from zo_ds.files import write_all
+from zo_ds.files import read_all, write_all
 from zo_ds.maths.directions import NoiseStructure, ParamInfo, Site
 from zo_ds.ops import api as ops
 from zo_ds.ops.plan import Plan
@@ -249,7 +248,7 @@ class DiskFile:
         if extent.checksum is None:
             return  # nothing was ever written
         raw = _bytes(buffer)
-        self._try(lambda: _read_all(self._handle, raw, extent.offset), "read", extent)
+        self._try(lambda: read_all(self._handle, raw, extent.offset), "read", extent)
         with self._lock:
             self._traffic.disk_read += len(raw)
         if _checksum(buffer) != extent.checksum:
@@ -283,18 +282,6 @@ class DiskFile:
 
 def _bytes(buffer: Tensor) -> memoryview:
     return buffer.view(torch.uint8).numpy().data
-
-
-def _read_all(handle: int, into: memoryview, offset: int) -> None:
-    """Fill a buffer from a place in an open file, however short the single reads are."""
-    while len(into):
-        try:
-            got = os.preadv(handle, [into], offset)
-        except InterruptedError:
-            continue
-        if not got:
-            raise OSError(errno.EIO, "the file is shorter than it was made")
-        into, offset = into[got:], offset + got
 
 
 def _checksum(buffer: Tensor) -> int:

@@ -19,21 +19,11 @@ from torch import Tensor
 from zo_ds.errors import CorruptRunError
 from zo_ds.files import sync_handle, write_all
 from zo_ds.stores.base import Stored
+from zo_ds.tensor_files import DTYPES
 
 SHARD_BYTES = 5 * 2**30
 BLOCK = 16 * 2**20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def _write_shard(handle: int, name: str, shard: Sequence[tuple[str, Tensor | Sto
     at = 0
     for key, tensor in shard:
         entries[key] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [at, at + tensor.nbytes],
         }

@@ -74,7 +74,7 @@ def open_store(
     store, engine = opened
     if weights is not None:
         store.fill(weights)
-    if layout.kind is Kind.SHARED_HOST and layout.size > 1:
+    if layout.shares_memory:
         channel.barrier()
     return store, engine
 
@@ -98,24 +98,24 @@ def _sharded(
     channel: Channel,
     resident: frozenset[str],
 ) -> tuple[WeightStore, deepspeed.DeepSpeedEngine]:
-    world = layout.size if layout.lockstep else 1
+    world, member = (layout.size, layout.member) if layout.lockstep else (1, 0)
     parameters = trainable_parameters(model)
     away = [(name, p) for name, p in model.named_parameters() if name not in resident]
     size = sum(aligned(-(-p.numel() // world) * p.dtype.itemsize) for _, p in away)
     if layout.kind is Kind.SHARED_HOST:
         room = Room(_shared(disk, size, layout, channel))
         home = _on_device(resident, lambda name, count, whole: room.take(count, whole.dtype))
-        shard(model, told, world, 0, home)
+        shard(model, told, world, member, home)
         engine = _hand_over(model, told)
         part = (layout.member, layout.size)
         return Zero3Store(model, parameters, structure, part, resident), engine
     if disk is None:
-        shard(model, told, world, layout.member if world > 1 else 0, _on_device(resident, _home(told, size)))
+        shard(model, told, world, member, _on_device(resident, _home(told, size)))
         engine = _hand_over(model, told)
         return Zero3Store(model, parameters, structure), engine
     with nameless_file(disk, size) as handle:
         home = _on_device(resident, _only_what_is_there)
-        shard(model, told, world, layout.member if world > 1 else 0, home)
+        shard(model, told, world, member, home)
         engine = _hand_over(model, told)
         return Zero3DiskStore(model, parameters, structure, handle, disk, resident), engine
 
