@@ -12,10 +12,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 
 from tests.launch import jobs, zygote
 
@@ -54,39 +52,14 @@ def isolation() -> list[str] | None:
     return None
 
 
-class Ranks:
-    """The process, to be used as a context; one job at a time."""
+class Ranks(zygote.Warm):
+    """The process; one job at a time."""
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
         command = isolation()
         self.isolated = command is not None
-        self._process = subprocess.Popen(
-            [*(command or []), sys.executable, "-m", "tests.launch.ranks", str(theirs.fileno())],
-            cwd=jobs.ROOT,
-            env={**jobs.environment(), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
+        super().__init__("tests.launch.ranks", jobs.environment(), command or ())
         self._job: _Job | None = None
-
-    def __enter__(self) -> Ranks:
-        try:
-            if not self._connection.poll(zygote.READY_S):
-                raise TimeoutError("the imports took too long")
-            self._connection.recv()
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
 
     def start(
         self,
@@ -133,14 +106,6 @@ class Ranks:
         lines = Path(f"/proc/{self._process.pid}/net/dev").read_text().splitlines()
         (counters,) = (line.split(":")[1].split() for line in lines if line.strip().startswith("lo:"))
         return int(counters[8])
-
-    def _end(self) -> None:
-        self._connection.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def _text_file(job: _Job, rank: int, stream: str) -> Path:

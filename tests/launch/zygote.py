@@ -25,7 +25,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 READY_S = 120.0
 """How long the imports may take on a busy machine."""
@@ -107,17 +107,22 @@ class Life:
         return self._code
 
 
-class Zygote:
-    """The process, to be used as a context; one run at a time.
+Made = TypeVar("Made", bound="Warm")
+
+
+class Warm:
+    """A process that has imported everything and forks runs, to be used as a context.
 
     Args:
+        module: of tests, run with the file number of its end of a pipe; it says when it is ready.
         environment: of it and the runs.
+        prefix: command that starts it.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str, environment: Mapping[str, str], prefix: Sequence[str] = ()) -> None:
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launch.zygote", str(theirs.fileno())],
+            [*prefix, sys.executable, "-m", module, str(theirs.fileno())],
             cwd=Path(__file__).resolve().parents[2],
             env={**environment, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.DEVNULL,
@@ -126,9 +131,8 @@ class Zygote:
             start_new_session=True,  # Ctrl-C at the terminal is for the tests
         )
         theirs.close()
-        self._life: Life | None = None
 
-    def __enter__(self) -> Zygote:
+    def __enter__(self: Made) -> Made:
         try:
             if not self._connection.poll(READY_S):
                 raise TimeoutError(f"the imports took more than {READY_S:g} s")
@@ -142,6 +146,27 @@ class Zygote:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def close(self) -> None:
+        """End the process, and with it what it runs."""
+        self._connection.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Zygote(Warm):
+    """Forks one run at a time.
+
+    Args:
+        environment: of it and the runs.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__("tests.launch.zygote", environment)
+        self._life: Life | None = None
 
     def start(self, start: Start) -> Life:
         """Start a run; the one before must have ended, or is killed."""
@@ -165,15 +190,6 @@ class Zygote:
             life.wait(60)
             raise TimeoutError(f"a run took more than {timeout:g} s: {start.folder}")
         return code
-
-    def close(self) -> None:
-        """End the process, and with it the run."""
-        self._connection.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def _serve(connection: Connection) -> Start | None:
