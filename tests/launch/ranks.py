@@ -101,6 +101,12 @@ class Ranks(zygote.Warm):
         self.start(name, folder, ranks, *arguments)
         return self.wait()
 
+    def train(self, folder: Path, name: str, count: int, *arguments: str) -> Path:
+        """The run directory, within the folder, of a job that must end well."""
+        ended = self.run(name, folder, count, "recipe.yaml", f"output.run_dir={name}", *arguments)
+        assert ended.codes == [0] * count, ended.err
+        return folder / name
+
     def lo_bytes(self) -> int:
         """Bytes that have gone over lo in the network of these jobs."""
         lines = Path(f"/proc/{self._process.pid}/net/dev").read_text().splitlines()
