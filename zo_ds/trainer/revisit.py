@@ -48,7 +48,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     use_threads(config.parallel.threads, channel.local_world_size)
     plan = check(config, channel)
     loaded, scorer = load(plan)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=weights.read)
+    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
     settle(engine, scorer, plan)
     engine.load_weights(weights.read)
     batch_size = config.training.eval_batch_size
