@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from zo_ds.ops.plan import Plan
 from zo_ds.trainer.environment import describe, use_threads
 
 SITE = Site(0x12345678, decays=True)
+GAUSSIAN = replace(SITE, gaussian=True)
 SEED = 0x0123456789ABCDEF
 EPS = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +55,9 @@ def add_ops(bench: Bench, name: str, theta: Tensor, two_threads: bool) -> None:
     bench.add(f"perturb {name}", lambda: api.perturb(theta, SITE, SEED, [0], [EPS], out=block), 1)
     for n, fixed in plans.items():
         bench.add(f"update{n} {name}", partial(api.apply_, [theta], [SITE], fixed), 1)
+    bench.add(f"gaussian perturb {name}", lambda: api.perturb(theta, GAUSSIAN, SEED, [0], [EPS], out=block), 1)
+    for n in (1, 8):
+        bench.add(f"gaussian update{n} {name}", partial(api.apply_, [theta], [GAUSSIAN], plans[n]), 1)
     bench.add(f"hash {name}", lambda: api.state_hash(theta, SITE), 1)
     if two_threads:
         bench.add(f"copy {name} 2 threads", lambda: out.copy_(theta), 2)

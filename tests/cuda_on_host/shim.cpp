@@ -11,7 +11,7 @@
 
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
-enum Stream : uint32_t { kDense, kLeft, kRight, kRandom };
+enum Stream : uint32_t { kDense, kLeft, kRight, kRandom, kGaussian };
 enum { kTile = 4096 };
 
 #define ZO_LANES 1
@@ -66,8 +66,9 @@ struct Kernel {
 // A kernel that is left out is an unused function, which the test's flags make an error.
 #define KERNEL(name) {#name, [](void** arguments) { call(name, arguments); }}
 #define PERTURB(kinds) \
-  KERNEL(zo_perturb1_##kinds), KERNEL(zo_perturb4_##kinds), KERNEL(zo_perturb_factored_##kinds), KERNEL(zo_embedding_##kinds)
-#define UPDATE(kind) KERNEL(zo_update_##kind), KERNEL(zo_update_factored_##kind)
+  KERNEL(zo_perturb1_##kinds), KERNEL(zo_perturb4_##kinds), KERNEL(zo_perturb_factored_##kinds), \
+  KERNEL(zo_perturb_gaussian_##kinds), KERNEL(zo_embedding_##kinds), KERNEL(zo_embedding_gaussian_##kinds)
+#define UPDATE(kind) KERNEL(zo_update_##kind), KERNEL(zo_update_factored_##kind), KERNEL(zo_update_gaussian_##kind)
 const Kernel kKernels[] = {
     PERTURB(f32_f32), PERTURB(bf16_bf16), PERTURB(bf16_f32), PERTURB(f16_f16), PERTURB(f16_f32),
     UPDATE(f32), UPDATE(bf16), UPDATE(f16), KERNEL(zo_signs), KERNEL(zo_hash_f32), KERNEL(zo_hash_half),

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 M32, M64 = 2**32 - 1, 2**64 - 1
-DENSE, LEFT, RIGHT, ROUNDING = 0, 1, 2, 3
+DENSE, LEFT, RIGHT, ROUNDING, GAUSSIAN = 0, 1, 2, 3, 4
 FORMATS = {"bfloat16": (8, -126, 127), "float16": (11, -14, 15)}
 """Significant bits, exponent of the smallest normal number, exponent of the largest."""
 
@@ -59,10 +59,33 @@ def tile_sign(seed: int, param: int, direction: int, stream: int, j: int) -> int
     return -1 if bits >> (((j >> 8) & 15) * 8 + (j & 7)) & 1 else 1
 
 
-def sign(seed: int, name: str, shape: Sequence[int], direction: int, j: int, *, factored: bool) -> int:
-    """Sign of element j of a whole parameter in a direction."""
+@lru_cache(maxsize=1)
+def quantiles() -> list[float]:
+    """The 2**15 positive normals: |z| = x with probability (i + 1/2) / 2**15, by Newton's method, scaled, as fp32."""
+    roots, count, x = [], 1 << 15, 0.0
+    for i in range(count):
+        below, above = (2 * i + 1) / (2 * count), (2 * (count - i) - 1) / (2 * count)
+        for _ in range(6):
+            # Of the two, the one that is not near 1 has the digits.
+            miss = math.erf(x / math.sqrt(2)) - below if below < above else above - math.erfc(x / math.sqrt(2))
+            x -= miss * math.sqrt(math.pi / 2) * math.exp(x * x / 2)
+        roots.append(x)
+    scale = math.sqrt(count / math.fsum(x * x for x in roots))
+    return [fp32(x * scale) for x in roots]
+
+
+def normal(seed: int, param: int, direction: int, j: int) -> float:
+    """Standard normal of element j: half-word j & 7 of block j >> 3 names a quantile and a sign."""
+    word = block(seed, param, direction, GAUSSIAN, j >> 3) >> 16 * (j & 7) & 0xFFFF
+    return -quantiles()[word - 0x8000] if word >= 0x8000 else quantiles()[word]
+
+
+def element(seed: int, name: str, shape: Sequence[int], direction: int, j: int, structure: str) -> float:
+    """Element j of a whole parameter in a direction that is dense, factored or gaussian."""
     param = param_id(name)
-    if not factored or len(shape) < 2:
+    if structure == "gaussian":
+        return normal(seed, param, direction, j)
+    if structure == "dense" or len(shape) < 2:
         return tile_sign(seed, param, direction, DENSE, j)
     row, column = divmod(j, math.prod(shape[1:]))
     return tile_sign(seed, param, direction, LEFT, row) * tile_sign(seed, param, direction, RIGHT, column)
@@ -112,18 +135,18 @@ def stochastic(value: float, dtype: str, bits: int) -> float:
     return _join(whole + up, unit, value, dtype)
 
 
-def perturbed(theta: float, dtype: str, eps: float, u: int) -> float:
-    """theta + eps u of one element: one fp32 sum, one rounding to nearest."""
-    return nearest(fp32(theta + fp32(eps) * u), dtype)
+def perturbed(theta: float, dtype: str, eps: float, u: float) -> float:
+    """theta + eps u of one element: an fp32 product, an fp32 sum, one rounding to nearest."""
+    return nearest(fp32(theta + fp32(fp32(eps) * u)), dtype)
 
 
 def updated(
-    theta: float, dtype: str, terms: Sequence[tuple[float, int]], decay: float, bits: int, *, is_matrix: bool
+    theta: float, dtype: str, terms: Sequence[tuple[float, float]], decay: float, bits: int, *, is_matrix: bool
 ) -> float:
-    """One element after an update: terms are (coefficient, sign) in order, decay is for matrices."""
+    """One element after an update: terms are (coefficient, u) in order, decay is for matrices."""
     total = fp32(theta * fp32(1.0 - decay)) if is_matrix else theta
     for coefficient, u in terms:
-        total = fp32(total - fp32(coefficient) * u)
+        total = fp32(total - fp32(fp32(coefficient) * u))
     return total if dtype == "float32" else stochastic(total, dtype, bits)
 
 

@@ -105,7 +105,7 @@ class Guarded:
 
 
 def many_tensors_case(rng: random.Random, _: bool) -> Case:
-    """An update of dozens of slices, which fall into up to six launches; some slices are empty."""
+    """An update of dozens of slices, which fall into up to nine launches; some slices are empty."""
     sizes = [rng.choice([0, 1, rng.randrange(200), rng.randrange(5000), 4096]) for _ in range(rng.randrange(20, 50))]
     return updating(rng, sizes, rng.choice([1, 1, 2]))
 
@@ -117,7 +117,7 @@ MAKERS: list[Callable[[random.Random, bool], Case]] = [
 
 @pytest.mark.parametrize(
     ("make", "cases", "entry_points"),
-    zip(MAKERS, (500, 300, 200, 150, 150, 10), (15, 5, 6, 1, 2, 6), strict=True),
+    zip(MAKERS, (700, 300, 200, 150, 150, 10), (20, 10, 9, 1, 2, 9), strict=True),
     ids=[make.__name__ for make in MAKERS],
 )
 def test_random_cases_have_the_bits_of_the_reference(

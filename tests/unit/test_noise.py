@@ -7,7 +7,7 @@ in 1.7 million independent z-scores lies beyond it, and all tests together look 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import oracle
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zo_ds.maths import noise
-from zo_ds.maths.directions import NoiseStructure, ParamInfo, chunks, scaled_signs
+from zo_ds.maths.directions import NoiseStructure, ParamInfo, chunks, scaled_directions
 
 CPU = torch.device("cpu")
 BOUND = 5.0
@@ -126,19 +126,18 @@ def test_signs_and_rounding_bits_equal_the_oracle(
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), seeds, st.lists(st.integers(1, 60), min_size=1, max_size=3), st.sampled_from(list(NoiseStructure)))
-def test_scaled_signs_equal_the_oracle(
+def test_scaled_directions_equal_the_oracle(
     data: st.DataObject, seed: int, shape: list[int], structure: NoiseStructure
 ) -> None:
     info = ParamInfo("p", tuple(shape), torch.float32)
     start = data.draw(st.integers(0, info.numel - 1))
     count = data.draw(st.integers(1, min(150, info.numel - start)))
     scales = {5: 0.1, 0: -3.0, 2**31: 1e-30}
-    found = scaled_signs(info.site(structure), seed, list(scales), list(scales.values()), start, count, CPU)
-    factored = structure is NoiseStructure.FACTORED
+    found = scaled_directions(info.site(structure), seed, list(scales), list(scales.values()), start, count, CPU)
     for (direction, scale), row in zip(scales.items(), found, strict=True):
-        u = [oracle.sign(seed, "p", shape, direction, j, factored=factored) for j in range(start, start + count)]
+        u = [oracle.element(seed, "p", shape, direction, j, structure.value) for j in range(start, start + count)]
         assert row.dtype == torch.float32
-        assert row.tolist() == [oracle.fp32(scale) * s for s in u]
+        assert row.tolist() == [oracle.fp32(oracle.fp32(scale) * x) for x in u]
 
 
 @settings(max_examples=40, deadline=None)
@@ -147,7 +146,12 @@ def test_a_slice_is_the_slice_of_a_larger_range(data: st.DataObject, seed: int, 
     size = 3 * noise.TILE
     start = data.draw(st.integers(0, size - 1))
     count = data.draw(st.integers(1, size - start))
-    for produce in (lambda a, n: noise.signs(seed, 7, 3, a, n), lambda a, n: noise.rounding_bits(seed, 7, a, n)):
+    kinds: list[Callable[[int, int], Tensor]] = [
+        lambda a, n: noise.signs(seed, 7, 3, a, n),
+        lambda a, n: noise.rounding_bits(seed, 7, a, n),
+        lambda a, n: noise.normals(seed, 7, 3, a, n),
+    ]
+    for produce in kinds:
         assert torch.equal(produce(base + start, count), produce(base, size)[start : start + count])
 
 
@@ -230,7 +234,7 @@ def test_neighbouring_elements_and_tiles_are_uncorrelated() -> None:
 
 def test_factored_signs_are_unbiased_and_uncorrelated_between_directions() -> None:
     info = ParamInfo(NAME, (512, 512), torch.float32)
-    rank1 = [*scaled_signs(info.site(NoiseStructure.FACTORED), SEED, range(8), [1.0] * 8, 0, 512 * 512, CPU)]
+    rank1 = [*scaled_directions(info.site(NoiseStructure.FACTORED), SEED, range(8), [1.0] * 8, 0, 512 * 512, CPU)]
     # A sum over a b^T is a sum over a times a sum over b, so scores are products of two normal ones.
     scores = [z(u) for u in rank1] + [z(a * b) for i, a in enumerate(rank1) for b in rank1[:i]]
     assert max(abs(score) for score in scores) < BOUND**2

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -91,10 +92,11 @@ def size(rng: random.Random, large: bool) -> int:
     return 10**6 if large else rng.choice(sizes)
 
 
-def place(rng: random.Random) -> tuple[int, int]:
-    """Start and columns."""
+def place(rng: random.Random) -> tuple[int, int, bool]:
+    """Start, columns, and whether directions are gaussian."""
     start = rng.choice([0, rng.randrange(100), rng.randrange(2**40), 8 * rng.randrange(2**37), 2**40 - 3])
-    return start, rng.choice([0, 0, 0, rng.randrange(1, 50), rng.randrange(1, 9000), 4096, 8192])
+    gaussian = rng.random() < 0.3
+    return start, 0 if gaussian else rng.choice([0, rng.randrange(1, 50), rng.randrange(1, 9000), 4096, 8192]), gaussian
 
 
 def key(rng: random.Random) -> int:
@@ -107,14 +109,14 @@ def block(rng: random.Random) -> tuple[list[int], list[float]]:
 
 
 def perturb_case(rng: random.Random, large: bool) -> Case:
-    dtype, n, (start, columns), (directions, eps) = rng.choice(DTYPES), size(rng, large), place(rng), block(rng)
+    dtype, n, where, (directions, eps) = rng.choice(DTYPES), size(rng, large), place(rng), block(rng)
     (theta, part), kind, at = weights(rng, n, dtype), rng.choice([dtype, torch.float32]), rng.randrange(5)
     seed, param = key(rng), rng.randrange(2**32)
 
     def run(module: ModuleType) -> list[Tensor]:
         buffer = torch.full((at + len(eps) * n + 40,), 7, dtype=kind)
         out = buffer[at : at + len(eps) * n].view(len(eps), n)
-        module.perturb_(out, theta[part], seed, param, directions, eps, start, columns)
+        module.perturb_(out, theta[part], seed, param, directions, eps, *where)
         return [buffer, theta.clone()]
 
     return run
@@ -125,12 +127,13 @@ def embedding_rows_case(rng: random.Random, large: bool) -> Case:
     width = 60_000 if large else rng.choice([1, 3, 8, 64, rng.randrange(1, 6000)])
     (table, part), kind, at = weights(rng, rows * width, dtype), rng.choice([dtype, torch.float32]), rng.randrange(5)
     ids = torch.tensor([rng.randrange(rows) for _ in range(rng.randrange(6))], dtype=torch.int64)
-    seed, param, factored, count = key(rng), rng.randrange(2**32), rng.random() < 0.5, len(eps) * ids.numel() * width
+    seed, param, count = key(rng), rng.randrange(2**32), len(eps) * ids.numel() * width
+    factored, gaussian = rng.choice([(False, False), (True, False), (False, True)])
 
     def run(module: ModuleType) -> list[Tensor]:
         buffer = torch.full((at + count + 40,), 7, dtype=kind)
         out, source = buffer[at : at + count].view(len(eps), ids.numel(), width), table[part].view(rows, width)
-        module.embedding_rows_(out, source, ids, seed, param, directions, eps, factored)
+        module.embedding_rows_(out, source, ids, seed, param, directions, eps, factored, gaussian)
         return [buffer, table.clone()]
 
     return run
@@ -153,14 +156,14 @@ def plan_of(rng: random.Random, updates: int) -> list[Tensor]:
 def updating(rng: random.Random, sizes: list[int], updates: int) -> Case:
     """An update of slices of these sizes."""
     thetas = [weights(rng, n, rng.choice(DTYPES)) for n in sizes]
-    starts, columns = zip(*[place(rng) for _ in sizes], strict=True)
+    starts, columns, gaussian = zip(*[place(rng) for _ in sizes], strict=True)
     params, decays = rng.choices(range(2**32), k=len(sizes)), rng.choices([True, False], k=len(sizes))
     plan = plan_of(rng, updates)
 
     def run(module: ModuleType) -> list[Tensor]:
         buffers = [buffer.clone() for buffer, _ in thetas]
         own = [buffer[part] for buffer, (_, part) in zip(buffers, thetas, strict=True)]
-        module.update_(own, params, starts, columns, decays, *plan)
+        module.update_(own, params, starts, columns, gaussian, decays, *plan)
         return buffers
 
     return run
@@ -173,7 +176,7 @@ def update_case(rng: random.Random, large: bool) -> Case:
 
 
 def signs_case(rng: random.Random, large: bool) -> Case:
-    n, (start, _), (directions, _), stream = size(rng, large), place(rng), block(rng), rng.choice(list(Stream))
+    n, (start, *_), (directions, _), stream = size(rng, large), place(rng), block(rng), rng.choice(list(Stream))
     seed, param, width = key(rng), rng.randrange(2**32), -(-n // 8)
 
     def run(module: ModuleType) -> list[Tensor]:
@@ -187,7 +190,7 @@ def signs_case(rng: random.Random, large: bool) -> Case:
 
 def state_hash_case(rng: random.Random, large: bool) -> Case:
     (theta, part), param = weights(rng, size(rng, large), rng.choice(DTYPES)), rng.randrange(2**32)
-    start, _ = place(rng)
+    start, *_ = place(rng)
     return lambda module: [module.state_hash(theta[part], param, start)]
 
 
@@ -211,12 +214,12 @@ def test_random_cases_have_the_bits_of_the_reference(
                 assert all(map(same, found, expected)), f"case {batch}, {number}: {name}, {count} threads"
 
 
-@pytest.mark.parametrize("columns", [0, 30])
-def test_a_history_of_many_terms(implementation: str, columns: int) -> None:
+@pytest.mark.parametrize(("columns", "gaussian"), [(0, False), (30, False), (0, True)])
+def test_a_history_of_many_terms(implementation: str, columns: int, gaussian: bool) -> None:
     """More terms than one pass over factored directions takes (512), which begins and ends between updates."""
     counts = [(step, step * 16 + i, 1e-3) for step in range(50) for i in range(12)]
     updates = [Update(step, tuple(Term(*term) for term in counts if term[0] == step), 1e-3) for step in range(50)]
-    site, theta = Site(PARAM, 7, columns, True), plain(100, torch.bfloat16)
+    site, theta = Site(PARAM, 7, columns, True, gaussian), plain(100, torch.bfloat16)
     expected = theta.clone()
     for update in updates:
         apply_update_(expected, site, RUN_SEED, update)
@@ -232,7 +235,7 @@ def assert_parts_equal_the_whole(theta: Tensor, site: Site, edges: list[int]) ->
     moved, total, whole = api.perturb(theta, site, 5, [3, 4], [0.1, -0.1]), 0, theta.clone()
     api.apply_([whole], [site], PLAN)
     parts = [theta[a:b].clone() for a, b in pairwise(edges)]
-    sites = [Site(site.param_id, site.start + a, site.columns, site.decays) for a in edges[:-1]]
+    sites = [replace(site, start=site.start + a) for a in edges[:-1]]
     for part, own, (a, b) in zip(parts, sites, pairwise(edges), strict=True):
         assert same(api.perturb(part, own, 5, [3, 4], [0.1, -0.1]), moved[:, a:b])
         total += api.state_hash(part, own)
@@ -241,29 +244,34 @@ def assert_parts_equal_the_whole(theta: Tensor, site: Site, edges: list[int]) ->
     assert same(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize(("start", "columns"), [(0, 0), (4096 - 20, 0), (11, 7), (5000 + 4096 - 20, 5000)])
-def test_every_split_point_gives_the_same_bits(implementation: str, start: int, columns: int) -> None:
+PLACES = [(0, 0, False), (4096 - 20, 0, False), (11, 7, False), (5000 + 4096 - 20, 5000, False), (4096 - 20, 0, True)]
+
+
+@pytest.mark.parametrize(("start", "columns", "gaussian"), PLACES)
+def test_every_split_point_gives_the_same_bits(implementation: str, start: int, columns: int, gaussian: bool) -> None:
     for dtype in DTYPES:
         for cut in range(0, 42, 8 if implementation == "reference" else 1):
-            assert_parts_equal_the_whole(plain(41, dtype), Site(PARAM, start, columns, True), [0, cut, 41])
+            assert_parts_equal_the_whole(plain(41, dtype), Site(PARAM, start, columns, True, gaussian), [0, cut, 41])
 
 
-@pytest.mark.parametrize("columns", [0, 3, 1000, 9000])
-def test_random_splits_give_the_same_bits(implementation: str, columns: int) -> None:
+@pytest.mark.parametrize(("columns", "gaussian"), [(0, False), (3, False), (1000, False), (9000, False), (0, True)])
+def test_random_splits_give_the_same_bits(implementation: str, columns: int, gaussian: bool) -> None:
     rng = random.Random(columns)
     for dtype in DTYPES:
         for number in range(1 if implementation == "reference" else 8):
-            count, site = 50_000, Site(PARAM, rng.randrange(2**34), columns, True)
+            count, site = 50_000, Site(PARAM, rng.randrange(2**34), columns, True, gaussian)
             edges = [0, *sorted(rng.choices(range(count), k=rng.randrange(1, 12))), count]
             with threads(2 if number and number < 3 else 1):
                 assert_parts_equal_the_whole(plain(count, dtype), site, edges)
 
 
-@pytest.mark.parametrize("columns", [0, 10])
+@pytest.mark.parametrize(("columns", "gaussian"), [(0, False), (10, False), (0, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_plan_equals_separate_calls_and_the_maths(implementation: str, dtype: torch.dtype, columns: int) -> None:
+def test_a_plan_equals_separate_calls_and_the_maths(
+    implementation: str, dtype: torch.dtype, columns: int, gaussian: bool
+) -> None:
     updates = [Update(step, (Term(step, 0, 1e-4), Term(step - 1, 1, -3e-3)), 1e-3 * step) for step in range(1, 7)]
-    site, start = Site(PARAM, 4000, columns, True), plain(1000, dtype)
+    site, start = Site(PARAM, 4000, columns, True, gaussian), plain(1000, dtype)
     together, apart, expected = start.clone(), start.clone(), start.clone()
     api.apply_([together], [site], Plan.of(RUN_SEED, updates))
     for update in updates:
@@ -277,7 +285,7 @@ def test_a_plan_equals_separate_calls_and_the_maths(implementation: str, dtype: 
     moved = api.perturb(start.view(10, 100), site, seed, [5, 2], [1e-3, -0.1])
     assert seed >= 2**63
     assert same(moved[1].view(-1), perturb_in_torch(start, site, seed, 2, -0.1))
-    rows = Site(PARAM, 0, columns and 100, True)
+    rows = Site(PARAM, 0, columns and 100, True, gaussian)
     whole = api.perturb(start.view(10, 100), rows, seed, [5, 2], [1e-3, -0.1])
     ids = torch.tensor([[9, 0], [3, 3]])
     assert same(api.embedding_rows(start.view(10, 100), ids, rows, seed, [5, 2], [1e-3, -0.1]), whole[:, ids])

@@ -105,12 +105,14 @@ def arguments(name: str) -> tuple[Any, ...]:
     theta = torch.randn(300, generator=generator)
     plan = (PLAN.term_counts, PLAN.shrinks, PLAN.rounding_seeds, PLAN.seeds, PLAN.directions, PLAN.coefficients)
     return {
-        "perturb_": (theta.new_zeros(2, 300), theta, -5, PARAM, [0, 3], [0.1, -0.1], 5, 0),
+        "perturb_": (theta.new_zeros(2, 300), theta, -5, PARAM, [0, 3], [0.1, -0.1], 5, 0, True),
         "embedding_rows_": (
             *(theta.new_zeros(2, 3, 30), theta.view(10, 30), torch.tensor([9, 0, 9])),
-            *(-5, PARAM, [0, 3], [0.1, -0.1], True),
+            *(-5, PARAM, [0, 3], [0.1, -0.1], True, False),
         ),
-        "update_": ([theta, theta[:50].bfloat16()], [PARAM, 1], [0, 9], [30, 0], [True, False], *plan),
+        "update_": (
+            *([theta, theta[:50].bfloat16()], [PARAM, 1], [0, 9], [30, 0], [False, True], [True, False], *plan),
+        ),
         "signs_": (torch.zeros(2, 10, dtype=torch.uint8), -5, PARAM, [0, 3], 16, 77, 1),
         "state_hash": (theta, PARAM, 5),
     }[name]
@@ -124,10 +126,10 @@ def test_torch_accepts_the_registration(kind: str, name: str) -> None:
 
 def used_by_a_model(theta: Tensor, out: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     moved = theta.new_empty((2, *theta.shape))
-    ops.perturb_(moved, theta * 2, -5, PARAM, [0, 3], [0.1, -0.1], 5, 0)
-    ops.perturb_(out, moved[1] + 1, 6, PARAM, [1], [0.5], 0, 30)
+    ops.perturb_(moved, theta * 2, -5, PARAM, [0, 3], [0.1, -0.1], 5, 0, True)
+    ops.perturb_(out, moved[1] + 1, 6, PARAM, [1], [0.5], 0, 30, False)
     plan = (PLAN.term_counts, PLAN.shrinks, PLAN.rounding_seeds, PLAN.seeds, PLAN.directions, PLAN.coefficients)
-    ops.update_([moved[0], half], [PARAM, 1], [0, 9], [30, 0], [True, False], *plan)
+    ops.update_([moved[0], half], [PARAM, 1], [0, 9], [30, 0], [False, True], [True, False], *plan)
     return moved.sin(), ops.state_hash(moved, PARAM, 0) + ops.state_hash(out, PARAM, 0), half + 1
 
 

@@ -53,7 +53,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str, list[str]]:
     assert process.returncode == 0, log
     active, hashed, why = out.strip().split("|")
     moved, theta = torch.empty(2, 9000), torch.arange(9000.0)
-    reference.perturb_(moved, theta, 7, 5, [0, 1], [0.1, 0.2], 3, 0)
+    reference.perturb_(moved, theta, 7, 5, [0, 1], [0.1, 0.2], 3, 0, False)
     assert int(hashed) == int(reference.state_hash(moved, 6, 0)) % 2**64
     return active, why, log.split("no compiled CPU ops")[1:]
 

@@ -275,8 +275,16 @@ def test_disk_is_read_only_if_memory_does_not_cache_it() -> None:
 
 def test_factored_noise_writes_no_copies() -> None:
     shapes = ModelShapes.of(small("opt"))
-    dense, factored = (small_plan(shapes, noise=noise) for noise in NoiseStructure)
+    dense, factored, gaussian = (small_plan(shapes, noise=noise) for noise in NoiseStructure)
+    assert gaussian.traffic == dense.traffic
     assert dense.traffic.device - factored.traffic.device == 3 * 8 * 2 * (shapes.layer_products + shapes.head_products)
+
+
+def test_gaussian_noise_costs_the_host_more() -> None:
+    shapes, busy = ModelShapes.of(small("opt")), card(host_cores=1, host_bytes_per_s=1e12)
+    away = {"offload": "cpu", "device_budget_bytes": half(shapes)}
+    dense, _, gaussian = (small_plan(shapes, busy, noise=noise, **away) for noise in NoiseStructure)
+    assert gaussian.seconds.update > 2 * dense.seconds.update > 0
 
 
 def test_hardware_is_overridden_and_refuses_nonsense() -> None:

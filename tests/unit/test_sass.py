@@ -22,8 +22,9 @@ NVCC = shutil.which("nvcc")
 NVDISASM = "nvidia-cuda-nvdisasm==13.5.37"  # 5 MB
 NVRTC = "nvidia-cuda-nvrtc==13.0.88"  # 90 MB; the one release whose library does not find its built-ins by itself
 KINDS = ("f32_f32", "bf16_bf16", "bf16_f32", "f16_f16", "f16_f32")
-MOVERS = [f"zo_{op}_{kind}" for op in ("perturb1", "perturb4", "perturb_factored", "embedding") for kind in KINDS]
-MOVERS += [f"zo_update_{kind}" for kind in ("f32", "bf16", "f16", "factored_f32", "factored_bf16", "factored_f16")]
+PERTURBING = ("perturb1", "perturb4", "perturb_factored", "perturb_gaussian", "embedding", "embedding_gaussian")
+MOVERS = [f"zo_{op}_{kind}" for op in PERTURBING for kind in KINDS]
+MOVERS += [f"zo_update_{noise}{kind}" for noise in ("", "factored_", "gaussian_") for kind in ("f32", "bf16", "f16")]
 ENTRY_POINTS = {*MOVERS, "zo_signs", "zo_hash_f32", "zo_hash_half"}
 COMPILE_WITH_NVRTC = """
 import sys, sysconfig
@@ -121,3 +122,11 @@ def test_runs_move_16_bytes_at_a_time(compiler: str, architecture: str, code: Co
         stores = len(re.findall(r"\bSTG?\.E", kernels[name]))
         counts = len(re.findall(whole, kernels[name])), len(re.findall(single, kernels[name]))
         assert counts == (stores * size // (16 + size), stores * 16 // (16 + size)), name
+
+
+@compilers
+@architectures
+def test_no_product_is_fused_with_a_sum(compiler: str, architecture: str, code: Code) -> None:
+    kernels = code.of(compiler, architecture)
+    assert not [name for name, text in kernels.items() if re.search(r"\b[FH]FMA", text)]
+    assert all(re.search(r"\bFMUL\b.*\bFADD\b", kernels[name], re.DOTALL) for name in MOVERS if "gaussian" in name)

@@ -43,7 +43,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "run seeds a bit apart": [{"seed": step_seed(RUN ^ x, 11)} for x in (0, *POWERS, *(3 * x for x in POWERS[:31]))],
     "keys a bit apart": [{"seed": SEED ^ x} for x in (0, *POWERS)] + [{"seed": x} for x in POWERS[33:]],
     "tiles": [{"start": i} for i in (*range(0, 48 * SHORT, SHORT), *POWERS[24:63], *(5 * x for x in POWERS[51:60]))],
-    "streams": [{"direction": i, "stream": stream} for stream in Stream for i in range(24)],
+    "streams": [{"direction": i, "stream": stream} for i in range(20) for stream in Stream][:96],
 }
 
 

@@ -40,13 +40,13 @@ def weights(count: int, dtype: torch.dtype, scale: float = 0.02, seed: int = 1) 
 
 
 def expected_update(theta: Tensor, param: ParamInfo, structure: NoiseStructure, update: Update, start: int) -> Tensor:
-    rounding_seed, factored = oracle.step_seed(RUN_SEED, update.step), structure is NoiseStructure.FACTORED
+    rounding_seed = oracle.step_seed(RUN_SEED, update.step)
     result = []
     for j, value in enumerate(theta.view(-1).tolist(), start):
         terms = []
         for term in update.terms:
             seed = oracle.step_seed(RUN_SEED, term.step)
-            u = oracle.sign(seed, param.name, param.shape, term.direction, j, factored=factored)
+            u = oracle.element(seed, param.name, param.shape, term.direction, j, structure.value)
             terms.append((term.coefficient, u))
         bits = oracle.rounding_bits(rounding_seed, oracle.param_id(param.name), j)
         matrix = len(param.shape) >= 2
@@ -72,13 +72,19 @@ terms = st.builds(Term, st.integers(0, 3), st.integers(0, 9), finite | small)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(finite | small, min_size=4, max_size=4), st.lists(terms, max_size=6), small, st.sampled_from(DTYPES))
+@given(
+    st.lists(finite | small, min_size=4, max_size=4),
+    st.lists(terms, max_size=6),
+    small,
+    st.sampled_from(DTYPES),
+    st.sampled_from([NoiseStructure.DENSE, NoiseStructure.GAUSSIAN]),
+)
 def test_update_of_any_numbers_equals_the_oracle(
-    values: list[float], terms: list[Term], decay: float, dtype: torch.dtype
+    values: list[float], terms: list[Term], decay: float, dtype: torch.dtype, structure: NoiseStructure
 ) -> None:
     theta, update = torch.tensor(values).to(dtype), Update(2, tuple(terms), decay)
-    expected = expected_update(theta, ParamInfo("p", (3, 5), dtype), NoiseStructure.DENSE, update, 7)
-    apply_update_(theta, ParamInfo("p", (3, 5), dtype).site(NoiseStructure.DENSE, 7), RUN_SEED, update)
+    expected = expected_update(theta, ParamInfo("p", (3, 5), dtype), structure, update, 7)
+    apply_update_(theta, ParamInfo("p", (3, 5), dtype).site(structure, 7), RUN_SEED, update)
     assert torch.equal(bits_of(theta), bits_of(expected))
 
 
@@ -90,12 +96,9 @@ def test_perturb_equals_the_oracle(dtype: torch.dtype, shape: tuple[int, ...], s
     theta = weights(param.numel, dtype).view(shape)
     before, seed = theta.clone(), oracle.step_seed(RUN_SEED, 4)
     for eps in (1e-3, -1e-3, 0.37):
-        signs = [
-            oracle.sign(seed, param.name, shape, 3, j, factored=structure is NoiseStructure.FACTORED)
-            for j in range(param.numel)
-        ]
+        u = [oracle.element(seed, param.name, shape, 3, j, structure.value) for j in range(param.numel)]
         values = [
-            oracle.perturbed(x, short(dtype), eps, u) for x, u in zip(before.view(-1).tolist(), signs, strict=True)
+            oracle.perturbed(x, short(dtype), eps, each) for x, each in zip(before.view(-1).tolist(), u, strict=True)
         ]
         expected = torch.tensor(values, dtype=torch.float64).to(dtype).view(shape)
         found = perturb(theta, param.site(structure), seed, 3, eps)

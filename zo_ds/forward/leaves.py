@@ -117,7 +117,7 @@ def _add_factored(replicas: Replicas, result: Tensor, inputs: Tensor, weight: Te
 
 
 def _add_products(replicas: Replicas, result: Tensor, inputs: Tensor, weight: Tensor, *, transposed: bool) -> None:
-    """``Y_i += eps_i X_i u_i^T`` with exact signs, where 16-bit copies would lose eps."""
+    """``Y_i += eps_i X_i u_i^T``, where 16-bit copies would lose eps; u_i has no eps to lose, see `Replicas.noise`."""
     for rows, block in replicas.blocks(weight, whole=transposed):
         outputs = slice(None) if transposed else rows
         for number, eps in enumerate(replicas.radii):

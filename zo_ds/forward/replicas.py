@@ -205,7 +205,12 @@ class Replicas:
         return self._displaced(number, block, block.theta, self._radii[number])
 
     def noise(self, number: int, block: Block) -> Tensor:
-        """Replica number i's direction u for a block, in its dtype, where signs are exact; overwritten like a copy."""
+        """Replica number i's direction u for a block, in its dtype; overwritten like a copy.
+
+        Signs are exact. Normals are rounded to nearest, as every factor of a product in that dtype is: the loss is
+        taken along a direction that differs from the update's by 0.17 % of its length in bf16 and by 0.02 % in fp16.
+        The mean of an estimate does not notice: E[z round(z)] is 1 - 1.1e-6 and 1 + 1.5e-6.
+        """
         zeros = self._scratch.take("zeros", block.theta.numel(), block.theta.dtype, block.theta.device)
         return self._displaced(number, block, zeros.view(block.theta.shape), 1.0)
 

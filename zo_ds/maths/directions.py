@@ -1,4 +1,4 @@
-"""Directions u_i as the update and the forward meet them: scaled, for any slice of a parameter, dense or factored."""
+"""Directions u_i as the update and the forward meet them: scaled, for any slice of a parameter, of any structure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ CHUNK = 256 * noise.TILE
 
 
 class NoiseStructure(str, Enum):
-    """``dense``: independent signs. ``factored``: a matrix of signs ``a b^T``; vectors stay dense."""
+    """How directions are built.
+
+    ``dense``: independent signs. ``factored``: a matrix of signs ``a b^T``; vectors stay dense. ``gaussian``:
+    independent standard normals, of matrices and vectors alike (MeZO, arXiv 2305.17333).
+    """
 
     DENSE = "dense"
     FACTORED = "factored"
+    GAUSSIAN = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class ParamInfo:
     def site(self, structure: NoiseStructure, start: int = 0) -> Site:
         """Where a slice that begins at element ``start`` of this parameter lies in the noise."""
         factored = structure is NoiseStructure.FACTORED and self.is_matrix and self.numel > 0
-        return Site(self.param_id, start, self.numel // self.shape[0] if factored else 0, self.is_matrix)
+        columns, gaussian = self.numel // self.shape[0] if factored else 0, structure is NoiseStructure.GAUSSIAN
+        return Site(self.param_id, start, columns, self.is_matrix, gaussian)
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,14 @@ class Site:
         start: index of its first element in the whole parameter.
         columns: length of a row of the whole parameter if its directions are factored, 0 if they are dense.
         decays: whether weight decay applies.
+        gaussian: whether its directions are standard normals and not signs; columns is 0 then.
     """
 
     param_id: int
     start: int = 0
     columns: int = 0
     decays: bool = False
+    gaussian: bool = False
 
 
 def chunks(start: int, count: int) -> Iterator[tuple[int, int]]:
@@ -83,7 +91,7 @@ def chunks(start: int, count: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def scaled_signs(
+def scaled_directions(
     site: Site,
     seed: int,
     directions: Sequence[int],
@@ -98,13 +106,22 @@ def scaled_signs(
         site: whose elements; its own start is not used.
         seed: step seed.
         directions: N numbers.
-        scales: N factors; each is rounded to fp32, and multiplying it by a sign is exact.
+        scales: N factors; each is rounded to fp32. Multiplying it by a sign is exact; its product with a normal is
+            rounded to fp32.
         start: first element of the slice in the whole parameter.
         count: elements of the slice.
         device: where the result is wanted.
     """
     if site.columns:
         yield from _factored(site, seed, directions, scales, start, count, device)
+        return
+    if site.gaussian:
+        normals = noise.normal_table(device)
+        for direction, scale in zip(directions, scales, strict=True):
+            words = noise.half_words(
+                seed, site.param_id, direction, start, count, stream=noise.Stream.GAUSSIAN, device=device
+            )
+            yield (normals * scale).index_select(0, words)
         return
     first = start // noise.TILE
     tiles = -(-(start + count) // noise.TILE) - first

@@ -1,8 +1,9 @@
 """Perturbation and update, version 1: theta + eps*u, and theta <- round(theta*(1 - decay) - sum_i c_i u_i).
 
 Both work on a slice of a parameter, accumulate in fp32 in the order of the terms and round once, so that neither
-shards, devices nor chunks change a bit. Products are signs times scalars, which are exact: no fused multiply-add can
-make a difference.
+shards, devices nor chunks change a bit. Products of signs and scalars are exact: no fused multiply-add can make a
+difference. Products of normals are not, and are rounded to fp32 before they are added: every implementation keeps the
+two roundings apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.maths import noise
-from zo_ds.maths.directions import Site, chunks, scaled_signs
+from zo_ds.maths.directions import Site, chunks, scaled_directions
 
 UPDATE_VERSION = 1
 
@@ -70,7 +71,7 @@ def perturb(theta: Tensor, site: Site, seed: int, direction: int, eps: float, *,
     out = torch.empty_like(theta) if out is None else out
     flat_in, flat_out = theta.view(-1), out.view(-1)
     for at, count in chunks(site.start, theta.numel()):
-        (noise_chunk,) = scaled_signs(site, seed, [direction], [eps], at, count, theta.device)
+        (noise_chunk,) = scaled_directions(site, seed, [direction], [eps], at, count, theta.device)
         source = flat_in.narrow(0, at - site.start, count)
         flat_out.narrow(0, at - site.start, count).copy_(noise_chunk.add_(source))
     return out
@@ -105,7 +106,7 @@ def step_(
             total.mul_(shrink)
         for seed, group in groupby(terms, key=lambda term: term[0]):
             _, numbers, scales = zip(*group, strict=True)
-            for scaled in scaled_signs(site, seed, numbers, scales, at, count, theta.device):
+            for scaled in scaled_directions(site, seed, numbers, scales, at, count, theta.device):
                 total.sub_(scaled)
         if theta.dtype == torch.float32:
             piece.copy_(total)

@@ -47,7 +47,8 @@ def perturb(
         out = theta.new_empty((len(directions), *theta.shape))
     _check_floats(theta, "theta")
     _check_block(out, (len(directions), *theta.shape), theta, len(eps))
-    _ops.perturb_(out, theta, signed(seed), site.param_id, list(directions), list(eps), site.start, site.columns)
+    arguments = (signed(seed), site.param_id, list(directions), list(eps), site.start, site.columns, site.gaussian)
+    _ops.perturb_(out, theta, *arguments)
     return out
 
 
@@ -85,7 +86,7 @@ def embedding_rows(
     shape = (len(directions), *ids.shape, table.shape[1])
     out = table.new_empty(shape) if out is None else out
     _check_block(out, shape, table, len(eps))
-    arguments = (signed(seed), site.param_id, list(directions), list(eps), site.columns > 0)
+    arguments = (signed(seed), site.param_id, list(directions), list(eps), site.columns > 0, site.gaussian)
     _ops.embedding_rows_(out, table, ids.contiguous(), *arguments)
     return out
 
@@ -114,6 +115,7 @@ def apply_(thetas: Sequence[Tensor], sites: Sequence[Site], plan: Plan) -> None:
         [site.param_id for site in sites],
         [site.start for site in sites],
         [site.columns for site in sites],
+        [site.gaussian for site in sites],
         [site.decays for site in sites],
         plan.term_counts,
         plan.shrinks,

@@ -11,6 +11,7 @@ from typing import Any
 import torch  # before the library is loaded, so that both share one OpenMP pool
 from torch import Tensor
 
+from zo_ds.maths.noise import normal_table
 from zo_ds.ops import reference
 from zo_ds.ops.builder import CPUOpBuilder, instruction_set
 from zo_ds.ops.plan import signed
@@ -26,7 +27,7 @@ def _library() -> ctypes.CDLL | None:
         how = [c_int, c_int]
         terms = [number, pointer, pointer]
         types: dict[str, list[Any]] = {
-            "perturb": [pointer, c_int, pointer, c_int, number, c_uint64, c_uint64, c_uint32, *terms, pointer],
+            "perturb": [pointer, c_int, pointer, c_int, number, c_uint64, c_uint64, pointer, c_uint32, *terms, pointer],
             "embedding_rows": [
                 pointer,
                 c_int,
@@ -36,11 +37,12 @@ def _library() -> ctypes.CDLL | None:
                 c_int,
                 number,
                 c_int,
+                pointer,
                 c_uint32,
                 *terms,
                 pointer,
             ],
-            "update": [number, *[pointer] * 7, number, *[pointer] * 6],
+            "update": [number, *[pointer] * 9, number, *[pointer] * 6],
             "signs": [pointer, number, c_uint64, c_uint32, c_uint32, *terms],
             "hash": [pointer, c_int, number, c_uint64, c_uint32],
         }
@@ -61,16 +63,17 @@ def perturb_(
     eps: Sequence[float],
     start: int,
     columns: int,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.perturb`."""
     library = _library()
     if library is None:
-        reference.perturb_(out, theta, seed, param, directions, eps, start, columns)
+        reference.perturb_(out, theta, seed, param, directions, eps, start, columns, gaussian)
         return
     terms = _Terms(seed, directions, eps)
     library.zo_cpu_perturb(
-        theta.data_ptr(), DTYPES[theta.dtype], out.data_ptr(), DTYPES[out.dtype], theta.numel(), start, columns, param,
-        *terms.pointers(), *_how(),
+        theta.data_ptr(), DTYPES[theta.dtype], out.data_ptr(), DTYPES[out.dtype], theta.numel(), start, columns,
+        _quantiles(gaussian), param, *terms.pointers(), *_how(),
     )  # fmt: skip
 
 
@@ -83,16 +86,17 @@ def embedding_rows_(
     directions: Sequence[int],
     eps: Sequence[float],
     factored: bool,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.embedding_rows`."""
     library = _library()
     if library is None:
-        reference.embedding_rows_(out, table, ids, seed, param, directions, eps, factored)
+        reference.embedding_rows_(out, table, ids, seed, param, directions, eps, factored, gaussian)
         return
     terms = _Terms(seed, directions, eps)
     library.zo_cpu_embedding_rows(
         table.data_ptr(), DTYPES[table.dtype], ids.data_ptr(), ids.numel(), out.data_ptr(), DTYPES[out.dtype],
-        table.shape[1], int(factored), param, *terms.pointers(), *_how(),
+        table.shape[1], int(factored), _quantiles(gaussian), param, *terms.pointers(), *_how(),
     )  # fmt: skip
 
 
@@ -101,6 +105,7 @@ def update_(
     params: Sequence[int],
     starts: Sequence[int],
     columns: Sequence[int],
+    gaussian: Sequence[bool],
     decays: Sequence[bool],
     term_counts: Tensor,
     shrinks: Tensor,
@@ -113,7 +118,7 @@ def update_(
     library = _library()
     plan = (term_counts, shrinks, rounding_seeds, seeds, directions, coefficients)
     if library is None:
-        reference.update_(thetas, params, starts, columns, decays, *plan)
+        reference.update_(thetas, params, starts, columns, gaussian, decays, *plan)
         return
     count = len(thetas)
     library.zo_cpu_update(
@@ -123,6 +128,8 @@ def update_(
         (c_int64 * count)(*[theta.numel() for theta in thetas]),
         (c_int64 * count)(*starts),
         (c_int64 * count)(*columns),
+        (c_int * count)(*gaussian),
+        _quantiles(any(gaussian)),
         (c_int64 * count)(*params),
         (c_int * count)(*decays),
         term_counts.numel(),
@@ -162,6 +169,11 @@ class _Terms:
 
     def pointers(self) -> tuple[object, ...]:
         return self.count, self._seeds, self._directions, self._coefficients
+
+
+def _quantiles(gaussian: bool) -> int | None:
+    """Address of the positive quantiles, which stay where they are; None where directions are signs."""
+    return normal_table().data_ptr() if gaussian else None
 
 
 def _how() -> tuple[int, int]:

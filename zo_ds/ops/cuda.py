@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.errors import MachineError
+from zo_ds.maths.noise import normal_table
 from zo_ds.ops import reference
 from zo_ds.ops.builder import WITHOUT
 from zo_ds.ops.cuda_builder import CUDAOpBuilder
@@ -101,11 +102,12 @@ def perturb_(
     eps: Sequence[float],
     start: int,
     columns: int,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.perturb`."""
     kernels = _kernels(theta.device.index)
     if kernels is None:
-        reference.perturb_(out, theta, seed, param, directions, eps, start, columns)
+        reference.perturb_(out, theta, seed, param, directions, eps, start, columns, gaussian)
         return
     n, kinds = theta.numel(), f"{_SHORT[theta.dtype]}_{_SHORT[out.dtype]}"
     with torch.cuda.device(theta.device):
@@ -115,6 +117,8 @@ def perturb_(
             if columns:
                 threads = _rows(n, start, columns) * -(-columns // RUN)
                 kernels.launch(f"zo_perturb_factored_{kinds}", threads, *fixed, c_uint64(columns))
+            elif gaussian:
+                kernels.launch(f"zo_perturb_gaussian_{kinds}", _runs(n, start), *fixed, _quantiles(theta.device))
             else:
                 most = 1 if arguments.count == 1 else BLOCK_OF_DIRECTIONS
                 kernels.launch(f"zo_perturb{most}_{kinds}", 32 * _tiles(n, start), *fixed)
@@ -129,26 +133,28 @@ def embedding_rows_(
     directions: Sequence[int],
     eps: Sequence[float],
     factored: bool,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.embedding_rows`."""
     kernels = _kernels(table.device.index)
     if kernels is None:
-        reference.embedding_rows_(out, table, ids, seed, param, directions, eps, factored)
+        reference.embedding_rows_(out, table, ids, seed, param, directions, eps, factored, gaussian)
         return
-    rows, width = ids.numel(), table.shape[1]
+    rows, width, kinds = ids.numel(), table.shape[1], f"{_SHORT[table.dtype]}_{_SHORT[out.dtype]}"
+    threads = rows * (width // RUN + 2)
     with torch.cuda.device(table.device):
         for first, arguments in _blocks(table.numel(), 0, seed, param, directions, eps):
-            kernels.launch(
-                f"zo_embedding_{_SHORT[table.dtype]}_{_SHORT[out.dtype]}",
-                rows * (width // RUN + 2),
+            fixed = (
                 c_void_p(table.data_ptr()),
                 c_void_p(ids.data_ptr()),
                 c_void_p(out.data_ptr() + first * rows * width * out.element_size()),
                 c_int64(rows),
                 c_int64(width),
-                c_int32(factored),
-                arguments,
             )
+            if gaussian:
+                kernels.launch(f"zo_embedding_gaussian_{kinds}", threads, *fixed, arguments, _quantiles(table.device))
+            else:
+                kernels.launch(f"zo_embedding_{kinds}", threads, *fixed, c_int32(factored), arguments)
 
 
 def update_(
@@ -156,6 +162,7 @@ def update_(
     params: Sequence[int],
     starts: Sequence[int],
     columns: Sequence[int],
+    gaussian: Sequence[bool],
     decays: Sequence[bool],
     term_counts: Tensor,
     shrinks: Tensor,
@@ -169,16 +176,21 @@ def update_(
     kernels = _kernels(device.index)
     plan = (term_counts, shrinks, rounding_seeds, seeds, directions, coefficients)
     if kernels is None:
-        reference.update_(thetas, params, starts, columns, decays, *plan)
+        reference.update_(thetas, params, starts, columns, gaussian, decays, *plan)
         return
     groups: dict[str, list[tuple[int, ...]]] = {}
     sizes: dict[str, int] = {}
-    for theta, param, start, width, decay in zip(thetas, params, starts, columns, decays, strict=True):
+    for theta, param, start, width, normal, decay in zip(
+        thetas, params, starts, columns, gaussian, decays, strict=True
+    ):
         n = theta.numel()
         if n == 0:
             continue
-        name = f"zo_update_{'factored_' if width else ''}{_SHORT[theta.dtype]}"
-        workers = _rows(n, start, width) * -(-width // RUN) if width else _tiles(n, start)
+        if width:
+            kind, workers = "factored_", _rows(n, start, width) * -(-width // RUN)
+        else:
+            kind, workers = ("gaussian_", _runs(n, start)) if normal else ("", _tiles(n, start))
+        name = f"zo_update_{kind}{_SHORT[theta.dtype]}"
         first = sizes.get(name, 0)
         groups.setdefault(name, []).append((theta.data_ptr(), n, start, width, param, int(decay), first))
         sizes[name] = first + workers
@@ -187,8 +199,11 @@ def update_(
         arguments = _PlanArguments(term_counts.numel(), *[tensor.data_ptr() for tensor in held])
         for name, rows in groups.items():
             table = torch.tensor(rows, dtype=torch.int64).to(device)
-            threads = sizes[name] * (1 if "factored" in name else 32)
-            kernels.launch(name, threads, c_void_p(table.data_ptr()), c_int32(len(rows)), arguments)
+            fixed = (c_void_p(table.data_ptr()), c_int32(len(rows)), arguments)
+            if "gaussian" in name:
+                kernels.launch(name, sizes[name], *fixed, _quantiles(device))
+            else:
+                kernels.launch(name, sizes[name] * (1 if "factored" in name else 32), *fixed)
 
 
 def signs_(out: Tensor, seed: int, param: int, directions: Sequence[int], start: int, count: int, stream: int) -> None:
@@ -238,6 +253,15 @@ def _blocks(
 
 def _tiles(n: int, start: int) -> int:
     return -(-(start + n) // TILE) - start // TILE if n else 0
+
+
+def _runs(n: int, start: int) -> int:
+    return -(-(start + n) // RUN) - start // RUN if n else 0
+
+
+def _quantiles(device: torch.device) -> c_void_p:
+    """Address of the positive quantiles on a device, which stay where they are."""
+    return c_void_p(normal_table(device).data_ptr())
 
 
 def _rows(n: int, start: int, columns: int) -> int:

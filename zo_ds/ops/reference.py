@@ -24,10 +24,12 @@ def perturb_(
     eps: Sequence[float],
     start: int,
     columns: int,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.perturb`."""
+    site = Site(param, start, columns, gaussian=gaussian)
     for row, direction, radius in zip(out.view(len(directions), theta.numel()), directions, eps, strict=True):
-        update.perturb(theta.view(-1), Site(param, start, columns), seed & _MASK64, direction, radius, out=row)
+        update.perturb(theta.view(-1), site, seed & _MASK64, direction, radius, out=row)
 
 
 @torch.no_grad()
@@ -40,6 +42,7 @@ def embedding_rows_(
     directions: Sequence[int],
     eps: Sequence[float],
     factored: bool,
+    gaussian: bool,
 ) -> None:
     """See `zo_ds.ops.api.embedding_rows`."""
     width = table.shape[1]
@@ -47,7 +50,7 @@ def embedding_rows_(
     for place, row in enumerate(ids.view(-1).tolist()):
         start, columns = row * width, width if factored else 0
         for replica, (direction, radius) in enumerate(zip(directions, eps, strict=True)):
-            site = Site(param, start, columns)
+            site = Site(param, start, columns, gaussian=gaussian)
             update.perturb(table[row], site, seed & _MASK64, direction, radius, out=rows[replica, place])
 
 
@@ -57,6 +60,7 @@ def update_(
     params: Sequence[int],
     starts: Sequence[int],
     columns: Sequence[int],
+    gaussian: Sequence[bool],
     decays: Sequence[bool],
     term_counts: Tensor,
     shrinks: Tensor,
@@ -69,8 +73,8 @@ def update_(
     numbers = [seed & _MASK64 for seed in seeds.tolist()]
     terms = list(zip(numbers, directions.tolist(), coefficients.tolist(), strict=True))
     steps = list(zip(term_counts.tolist(), shrinks.tolist(), rounding_seeds.tolist(), strict=True))
-    for theta, param, start, width, decay in zip(thetas, params, starts, columns, decays, strict=True):
-        site, begin = Site(param, start, width, decay), 0
+    for theta, *place in zip(thetas, params, starts, columns, decays, gaussian, strict=True):
+        site, begin = Site(*place), 0
         for count, shrink, rounding_seed in steps:
             own, numbers_, scales = zip(*terms[begin : begin + count], strict=True) if count else ((), (), ())
             update.step_(theta, site, own, numbers_, scales, shrink, rounding_seed & _MASK64)

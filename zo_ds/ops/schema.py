@@ -11,11 +11,12 @@ from zo_ds.ops import cpu, cuda
 
 _SCHEMAS = (
     "perturb_(Tensor(a!) out, Tensor theta, int seed, int param, int[] directions, float[] eps, int start,"
-    " int columns) -> ()",
+    " int columns, bool gaussian) -> ()",
     "embedding_rows_(Tensor(a!) out, Tensor table, Tensor ids, int seed, int param, int[] directions, float[] eps,"
-    " bool factored) -> ()",
-    "update_(Tensor(a!)[] thetas, int[] params, int[] starts, int[] columns, bool[] decays, Tensor term_counts,"
-    " Tensor shrinks, Tensor rounding_seeds, Tensor seeds, Tensor directions, Tensor coefficients) -> ()",
+    " bool factored, bool gaussian) -> ()",
+    "update_(Tensor(a!)[] thetas, int[] params, int[] starts, int[] columns, bool[] gaussian, bool[] decays,"
+    " Tensor term_counts, Tensor shrinks, Tensor rounding_seeds, Tensor seeds, Tensor directions,"
+    " Tensor coefficients) -> ()",
     "signs_(Tensor(a!) out, int seed, int param, int[] directions, int start, int count, int stream) -> ()",
     "state_hash(Tensor theta, int param, int start) -> Tensor",
 )

@@ -52,7 +52,7 @@ def plan(
         activation_budget_bytes: see `zo_ds.forward.joining.PassSize`.
         labelled: positions of a unit of work that reach the head; None: all.
         micro_batches: units of work in a step, each of which fetches the weights anew.
-        noise: dense directions are written out as displaced copies, factored ones are not.
+        noise: dense and gaussian directions are written out as displaced copies, factored ones are not.
 
     Raises:
         ConfigError: something is not a size, or nothing fits.

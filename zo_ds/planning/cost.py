@@ -17,6 +17,8 @@ HOST_SHARE = 0.9
 """Of the node's memory that weights may take."""
 UPDATE_NS, UPDATE_NS_PER_DIRECTION = 0.193, 0.0233
 """For one element on one core: docs/ops.md, bf16, 3.62 ms at N = 1 and 28.2 ms at N = 64 for 2^24 elements."""
+GAUSSIAN_NS_PER_DIRECTION = 0.69
+"""The same of gaussian directions: 18.0 ms at N = 1 and 99.3 ms at N = 8."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def traffic_of(problem: Problem, resident: Iterable[Unit], away: Sequence[Unit],
     trained = sum(unit.trained_bytes(size) for unit in away)
     displaced = shapes.trained_layer_products + (shapes.head_products if shapes.head_is_trained else 0)
     # A copy is made of the weights (read, written) and multiplied (read).
-    dense = problem.noise is NoiseStructure.DENSE
-    perturbed = 3 * displaced * size * problem.work.num_directions * problem.micro_batches if dense else 0
+    copied = problem.noise is not NoiseStructure.FACTORED
+    perturbed = 3 * displaced * size * problem.work.num_directions * problem.micro_batches if copied else 0
     updated = 2 * sum(unit.trained_bytes(size) for unit in resident)
     return Traffic(
         link=0 if problem.offload == "none" else own,
@@ -120,7 +122,9 @@ def seconds_of(problem: Problem, traffic: Traffic, away: Sequence[Unit], *, over
     read, write = hardware.disk_read_bytes_per_s, hardware.disk_write_bytes_per_s
     trained = sum(unit.trained_bytes(work.dtype_bytes) for unit in away)
     elements = sum(unit.trained_matrix_elements + unit.trained_vector_elements for unit in away)
-    core = (UPDATE_NS + UPDATE_NS_PER_DIRECTION * work.num_directions) * 1e-9
+    gaussian = problem.noise is NoiseStructure.GAUSSIAN
+    each = GAUSSIAN_NS_PER_DIRECTION if gaussian else UPDATE_NS_PER_DIRECTION
+    core = (UPDATE_NS + each * work.num_directions) * 1e-9
     update = problem.copies * max(elements * core / hardware.host_cores, 2 * trained / hardware.host_bytes_per_s)
     on_device = problem.offload == "none"
     return Seconds(

@@ -19,7 +19,7 @@ ZO_FN void zo_philox_next(uint32_t& k0, uint32_t& k1) {
   k1 += 0xBB67AE85u;
 }
 
-// Counter of a block of a stream: 0 dense, 1 left factor, 2 right factor, 3 rounding bits.
+// Counter of a block of a stream: 0 dense, 1 left factor, 2 right factor, 3 rounding bits, 4 normals.
 template <class W>
 ZO_FN void zo_counter(W x[4], W block, uint32_t stream, uint32_t param, uint32_t direction) {
   x[0] = block;
@@ -32,6 +32,13 @@ ZO_FN void zo_counter(W x[4], W block, uint32_t stream, uint32_t param, uint32_t
 template <class U>
 ZO_FN U zo_flip(U coefficient, U word, U shift) {
   return coefficient ^ ((word << shift) & 0x80000000u);
+}
+
+// Bits of the normal that a half-word stands for, from the bits of the quantile that its low 15 bits name. A product
+// with it is rounded before it is added: no compiler may fuse the two.
+template <class U>
+ZO_FN U zo_normal(U quantile, U half_word) {
+  return quantile ^ ((half_word & 0x8000u) << 16);
 }
 
 // fp32 bits -> bf16 bits in the low half, to nearest, ties to even. A NaN is cut off: one that arithmetic made is quiet,

@@ -19,9 +19,9 @@ namespace {
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 enum Rounding { kNearest, kStochastic };
-enum Stream : uint32_t { kDense, kLeft, kRight, kRandom };
+enum Stream : uint32_t { kDense, kLeft, kRight, kRandom, kGaussian };
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
-enum { kTile = 4096, kTableBytes = kTile / 8, kGroup = 16, kPad = 64 };
+enum { kTile = 4096, kTableBytes = kTile / 8, kGroup = 16, kGroupOfNormals = 4, kPad = 64 };
 
 inline uint32_t zo_word(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 inline uint32_t zo_word(uint16_t x) { return x; }
@@ -35,7 +35,8 @@ struct Plan {
 };
 
 // The directions of one parameter. Factored ones come with packed tables: row t of `right` holds the signs of all
-// columns in the layout of zo_fill_signs, row t of `left` those of the slice's rows, eight to a byte.
+// columns in the layout of zo_fill_signs, row t of `left` those of the slice's rows, eight to a byte. Gaussian ones come
+// with the 2**15 positive quantiles.
 struct Noise {
   uint32_t param;
   const int64_t* seeds;
@@ -45,6 +46,7 @@ struct Noise {
   size_t right_row;
   const uint8_t* left;
   size_t left_row;
+  const float* quantiles;
 };
 
 struct Piece {
@@ -286,13 +288,14 @@ extern "C" int zo_cpu_best_isa(void) {
 }
 
 // out[d] = round(theta + eps_d u_d): `count` directions of one slice, out laid out [count, n]. Dtypes: 0 fp32, 1 bf16,
-// 2 fp16; out has theta's dtype, or fp32.
+// 2 fp16; out has theta's dtype, or fp32. With quantiles (and columns 0) u is gaussian.
 extern "C" void zo_cpu_perturb(const void* theta, int theta_type, void* out, int out_type, int64_t n, uint64_t start,
-                               uint64_t columns, uint32_t param, int64_t count, const int64_t* seeds,
-                               const int64_t* directions, const float* minus_eps, int isa, int threads) {
+                               uint64_t columns, const float* quantiles, uint32_t param, int64_t count,
+                               const int64_t* seeds, const int64_t* directions, const float* minus_eps, int isa,
+                               int threads) {
   const Kernels& kernels = kernels_of(isa);
   const std::vector<Slice> slices = {Slice(n, start, columns)};
-  Noise noise{param, seeds, directions, minus_eps, nullptr, 0, nullptr, 0};
+  Noise noise{param, seeds, directions, minus_eps, nullptr, 0, nullptr, 0, quantiles};
   const Factors factors(kernels, slices[0], noise, count);
   in_parallel(slices, threads, [&](size_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -302,16 +305,16 @@ extern "C" void zo_cpu_perturb(const void* theta, int theta_type, void* out, int
 
 // out[d, i] = round(table[ids[i]] + eps_d u_d of that row), out laid out [count, ids, width].
 extern "C" void zo_cpu_embedding_rows(const void* table, int table_type, const int64_t* ids, int64_t rows, void* out,
-                                      int out_type, int64_t width, int factored, uint32_t param, int64_t count,
-                                      const int64_t* seeds, const int64_t* directions, const float* minus_eps, int isa,
-                                      int threads) {
+                                      int out_type, int64_t width, int factored, const float* quantiles,
+                                      uint32_t param, int64_t count, const int64_t* seeds, const int64_t* directions,
+                                      const float* minus_eps, int isa, int threads) {
   const Kernels& kernels = kernels_of(isa);
   const int64_t in = width * size_of(table_type), row = width * size_of(out_type);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * width * count > 4 * kTile)
   for (int64_t i = 0; i < rows; ++i) {
     const uint64_t start = (uint64_t)ids[i] * (uint64_t)width;
     const Slice slice(width, start, factored ? (uint64_t)width : 0);
-    Noise noise{param, seeds, directions, minus_eps, nullptr, 0, nullptr, 0};
+    Noise noise{param, seeds, directions, minus_eps, nullptr, 0, nullptr, 0, quantiles};
     const Factors factors(kernels, slice, noise, count);
     for (int64_t p = 0; p < slice.piece_of(width); ++p)
       kernels.perturb(noise, slice.piece(p), (const char*)table + ids[i] * in, (Dtype)table_type,
@@ -321,11 +324,13 @@ extern "C" void zo_cpu_embedding_rows(const void* table, int table_type, const i
 
 // theta <- round(theta * shrink - sum_t c_t u_t), update after update, on many slices in one pass over each.
 // seeds, directions and coefficients hold the terms of all updates in order; term_counts says how many each has.
+// Slices that are gaussian take quantiles.
 extern "C" void zo_cpu_update(int64_t tensors, void* const* thetas, const int* types, const int64_t* counts,
-                              const int64_t* starts, const int64_t* columns, const int64_t* params, const int* decays,
-                              int64_t updates, const int64_t* term_counts, const float* shrinks,
-                              const int64_t* rounding_seeds, const int64_t* seeds, const int64_t* directions,
-                              const float* coefficients, int isa, int threads) {
+                              const int64_t* starts, const int64_t* columns, const int* gaussian,
+                              const float* quantiles, const int64_t* params, const int* decays, int64_t updates,
+                              const int64_t* term_counts, const float* shrinks, const int64_t* rounding_seeds,
+                              const int64_t* seeds, const int64_t* directions, const float* coefficients, int isa,
+                              int threads) {
   const Kernels& kernels = kernels_of(isa);
   std::vector<Slice> slices;
   bool factored = false;
@@ -344,7 +349,8 @@ extern "C" void zo_cpu_update(int64_t tensors, void* const* thetas, const int* t
     std::vector<Factors> factors;
     factors.reserve((size_t)tensors);
     for (int64_t s = 0; s < tensors; ++s) {
-      noises.push_back({(uint32_t)params[s], seeds + term, directions + term, coefficients + term, nullptr, 0, nullptr, 0});
+      noises.push_back({(uint32_t)params[s], seeds + term, directions + term, coefficients + term, nullptr, 0, nullptr, 0,
+                        gaussian[s] ? quantiles : nullptr});
       factors.emplace_back(kernels, slices[(size_t)s], noises.back(), terms);
     }
     in_parallel(slices, threads, [&](size_t s, int64_t begin, int64_t end) {

@@ -17,7 +17,7 @@ typedef long long int64_t;
 
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
-enum Stream : uint32_t { kDense, kLeft, kRight, kRandom };
+enum Stream : uint32_t { kDense, kLeft, kRight, kRandom, kGaussian };
 enum { kTile = 4096 };
 
 ZO_FN uint64_t zo_product(uint64_t x, uint32_t m) { return (uint64_t)(uint32_t)x * m; }

@@ -1,6 +1,7 @@
 // The CUDA kernels: extern "C", over raw pointers, launched on a stream. No shared memory, no shuffles, no barriers.
 // A warp takes a tile of 4096 elements of the noise: lane l makes the Philox block whose bytes are the signs of runs
-// l, l + 32, l + 64, ... of 8 elements, so neighbouring lanes touch neighbouring memory and no block is made twice.
+// l, l + 32, l + 64, ... of 8 elements, so neighbouring lanes touch neighbouring memory and no block is made twice. A block
+// of gaussian noise serves one run of 8, so there a thread takes a run.
 
 #if defined(__CUDACC__)
 #include "zo_device.h"
@@ -124,6 +125,15 @@ ZO_FN void zo_subtract_run(float v[kRun], float c, uint32_t signs) {
   for (int e = 0; e < kRun; ++e) v[e] -= zo_float(zo_flip<uint32_t>(zo_bits(c), signs, 31u - (uint32_t)e));
 }
 
+// v[e] -= c z_e, where half-word e of a block of the noise names z_e.
+ZO_FN void zo_subtract_normals(float v[kRun], float c, const uint32_t w[4], const float* quantiles) {
+  ZO_UNROLL
+  for (int e = 0; e < kRun; ++e) {
+    const uint32_t word = w[e >> 1] >> (16 * (e & 1)) & 0xffffu;
+    v[e] -= c * zo_float(zo_normal<uint32_t>(zo_bits(quantiles[word & 0x7fffu]), word));
+  }
+}
+
 ZO_FN uint64_t zo_thread() { return (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // ---- perturb -------------------------------------------------------------------------------------------------------
@@ -212,6 +222,34 @@ ZO_FN void zo_perturb_factored(const From* theta, To* out, const PerturbArgument
   }
 }
 
+// theta_run - c_d u_d of a run of gaussian noise for each direction; slice d of the results lies at out + d * stride.
+template <class To>
+ZO_FN void zo_displace_normals(To* out, int64_t stride, int64_t at, int64_t n, uint64_t element,
+                               const float theta_run[kRun], const PerturbArguments& a, const float* quantiles) {
+  ZO_UNROLL
+  for (int d = 0; d < kBlockOfDirections; ++d) {
+    if (d >= a.count) break;
+    uint32_t w[4];
+    zo_words(w, element >> 3, kGaussian, a.seed, a.param, a.directions[d]);
+    float v[kRun];
+    ZO_UNROLL
+    for (int e = 0; e < kRun; ++e) v[e] = theta_run[e];
+    zo_subtract_normals(v, a.minus_eps[d], w, quantiles);
+    To* slice = out + d * stride;
+    zo_store_run(slice, at, n, zo_whole(slice, at, n), v);
+  }
+}
+
+template <class From, class To>
+ZO_FN void zo_perturb_gaussian(const From* theta, To* out, const PerturbArguments& a, const float* quantiles) {
+  const uint64_t element = (a.start & ~7ull) + kRun * zo_thread();
+  const int64_t at = (int64_t)(element - a.start);
+  if (at >= a.n) return;
+  float theta_run[kRun];
+  zo_load_run(theta, at, a.n, zo_whole(theta, at, a.n), theta_run);
+  zo_displace_normals(out, a.n, at, a.n, element, theta_run, a, quantiles);
+}
+
 // ---- embedding_rows ------------------------------------------------------------------------------------------------
 
 template <class From, class To>
@@ -242,6 +280,21 @@ ZO_FN void zo_embedding(const From* table, const int64_t* ids, To* out, int64_t 
   }
 }
 
+template <class From, class To>
+ZO_FN void zo_embedding_gaussian(const From* table, const int64_t* ids, To* out, int64_t rows, int64_t width,
+                                 const PerturbArguments& a, const float* quantiles) {
+  const int64_t runs = width / kRun + 2;
+  const int64_t place = (int64_t)(zo_thread() / (uint64_t)runs), run = (int64_t)(zo_thread() % (uint64_t)runs);
+  if (place >= rows) return;
+  const uint64_t first = (uint64_t)ids[place] * (uint64_t)width;
+  const uint64_t element = (first & ~7ull) + (uint64_t)(kRun * run);
+  const int64_t at = (int64_t)(element - first);
+  if (at >= width) return;
+  float theta_run[kRun];
+  zo_load_run(table + first, at, width, zo_whole(table + first, at, width), theta_run);
+  zo_displace_normals(out + place * width, rows * width, at, width, element, theta_run, a, quantiles);
+}
+
 // ---- update --------------------------------------------------------------------------------------------------------
 
 struct PlanArguments {
@@ -262,7 +315,7 @@ struct UpdateSlice {
   uint64_t columns;
   uint64_t param;
   uint64_t decays;
-  uint64_t first;  // warp (dense) or thread (factored) that begins it
+  uint64_t first;  // warp (dense) or thread (factored, gaussian) that begins it
 };
 
 // The slice that a worker belongs to: the last one whose first worker is not behind it.
@@ -396,6 +449,34 @@ ZO_FN void zo_update_factored(const UpdateSlice* slices, int32_t count, const Pl
   zo_store_run(theta, shift, n, zo_whole(theta, shift, n), v);
 }
 
+template <class T>
+ZO_FN void zo_update_gaussian(const UpdateSlice* slices, int32_t count, const PlanArguments& plan,
+                              const float* quantiles) {
+  const UpdateSlice& slice = zo_find(slices, count, zo_thread());
+  T* theta = (T*)slice.theta;
+  const uint32_t param = (uint32_t)slice.param;
+  const uint64_t element = (slice.start & ~7ull) + kRun * (zo_thread() - slice.first);
+  const int64_t at = (int64_t)(element - slice.start), n = slice.n;
+  if (at >= n) return;
+  float v[kRun];
+  zo_load_run(theta, at, n, zo_whole(theta, at, n), v);
+  int32_t term = 0;
+#pragma unroll 1
+  for (int32_t k = 0; k < plan.updates; ++k) {
+    const float shrink = slice.decays ? plan.shrinks[k] : 1.0f;
+    ZO_UNROLL
+    for (int e = 0; e < kRun; ++e) v[e] *= shrink;
+#pragma unroll 1
+    for (const int32_t end = term + (int32_t)plan.term_counts[k]; term < end; ++term) {
+      uint32_t w[4];
+      zo_words(w, element >> 3, kGaussian, (uint64_t)plan.seeds[term], param, (uint32_t)plan.directions[term]);
+      zo_subtract_normals(v, plan.coefficients[term], w, quantiles);
+    }
+    zo_round_run(theta, v, element, (uint64_t)plan.rounding_seeds[k], param);
+  }
+  zo_store_run(theta, at, n, zo_whole(theta, at, n), v);
+}
+
 // ---- hash ----------------------------------------------------------------------------------------------------------
 
 ZO_FN uint32_t zo_word(const float* at) { return zo_bits(*at); }
@@ -434,9 +515,17 @@ ZO_FN void zo_hash(const Bits* slice, int64_t n, uint64_t start, uint32_t param,
   ZO_GLOBAL zo_perturb_factored_##name(const From* theta, To* out, PerturbArguments a, uint64_t columns) {    \
     zo_perturb_factored(theta, out, a, columns);                                                              \
   }                                                                                                           \
+  ZO_GLOBAL zo_perturb_gaussian_##name(const From* theta, To* out, PerturbArguments a,                     \
+                                       const float* quantiles) {                                              \
+    zo_perturb_gaussian(theta, out, a, quantiles);                                                            \
+  }                                                                                                           \
   ZO_GLOBAL zo_embedding_##name(const From* table, const int64_t* ids, To* out, int64_t rows, int64_t width,  \
                                 int factored, PerturbArguments a) {                                           \
     zo_embedding(table, ids, out, rows, width, factored, a);                                                  \
+  }                                                                                                           \
+  ZO_GLOBAL zo_embedding_gaussian_##name(const From* table, const int64_t* ids, To* out, int64_t rows,        \
+                                         int64_t width, PerturbArguments a, const float* quantiles) {         \
+    zo_embedding_gaussian(table, ids, out, rows, width, a, quantiles);                                        \
   }
 ZO_PERTURB(f32_f32, float, float)
 ZO_PERTURB(bf16_bf16, Bf16, Bf16)
@@ -450,6 +539,10 @@ ZO_PERTURB(f16_f32, Fp16, float)
   }                                                                                                           \
   ZO_GLOBAL zo_update_factored_##name(const UpdateSlice* slices, int32_t count, PlanArguments plan) {         \
     zo_update_factored<T>(slices, count, plan);                                                               \
+  }                                                                                                           \
+  ZO_GLOBAL zo_update_gaussian_##name(const UpdateSlice* slices, int32_t count, PlanArguments plan,           \
+                                      const float* quantiles) {                                               \
+    zo_update_gaussian<T>(slices, count, plan, quantiles);                                                    \
   }
 ZO_UPDATE(f32, float)
 ZO_UPDATE(bf16, Bf16)

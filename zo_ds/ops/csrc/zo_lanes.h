@@ -53,6 +53,8 @@ ZO_FN U32 zo_load_bits(const float* p) { return zo_bits(*p); }
 ZO_FN U32 zo_load_bits(const uint16_t* p) { return *p; }
 ZO_FN void zo_put(float* p, F32 x) { *p = x; }
 ZO_FN void zo_put(uint16_t* p, U16 x) { *p = x; }
+ZO_FN F32 zo_all(float c) { return c; }
+ZO_FN F32 zo_pick(const float* table, U32 index) { return table[index]; }
 ZO_FN U16 zo_fp16(F32 x) { return (uint16_t)zo_fp16_nearest(zo_bits(x)); }
 
 // A coefficient in every lane, and sum - c u for the lanes' elements, whose packed signs begin at a byte boundary.
@@ -102,8 +104,9 @@ ZO_FN F32 zo_load(const float* p) { F32 x; __builtin_memcpy(&x, p, sizeof x); re
 ZO_FN F32 zo_load(const Bf16* p) { return (F32)(zo_load_bits(&p->bits) << 16); }
 ZO_FN void zo_put(float* p, F32 x) { __builtin_memcpy(p, &x, sizeof x); }
 ZO_FN void zo_put(uint16_t* p, U16 x) { __builtin_memcpy(p, &x, sizeof x); }
+ZO_FN F32 zo_all(float c) { return c - (F32){}; }  // keeps -0
 typedef U32 Coefficient;
-ZO_FN Coefficient zo_coefficient(float c) { return (U32)(c - (F32){}); }  // keeps -0
+ZO_FN Coefficient zo_coefficient(float c) { return (U32)zo_all(c); }
 // Reads up to four bytes of signs; a mask register per vector (AVX-512) was measured to be no faster.
 ZO_FN F32 zo_minus(F32 sum, const Coefficient& c, const uint8_t* signs, int element) {
 #if ZO_LANES == 8
@@ -125,6 +128,7 @@ ZO_FN U64 zo_counters(uint64_t first, int half) {
   return even + (first + (uint64_t)half);
 }
 ZO_FN U32 zo_truncate(F32 x) { return (U32)_mm256_cvttps_epi32((__m256)x); }
+ZO_FN F32 zo_pick(const float* table, U32 index) { return (F32)_mm256_i32gather_ps(table, (__m256i)index, 4); }
 ZO_FN U32 zo_fp16_nearest(U32 bits) {
   return (U32)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)bits, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -175,6 +179,7 @@ ZO_FN U64 zo_counters(uint64_t first, int half) {
   return even + (first + (uint64_t)half);
 }
 ZO_FN U32 zo_truncate(F32 x) { return (U32)_mm512_cvttps_epi32((__m512)x); }
+ZO_FN F32 zo_pick(const float* table, U32 index) { return (F32)_mm512_i32gather_ps((__m512i)index, table, 4); }
 ZO_FN U32 zo_fp16_nearest(U32 bits) {
   return (U32)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)bits, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -1,5 +1,6 @@
 // What a CPU thread does to a piece of a tensor with one instruction set. No include guard; see zo_core.h.
-// A piece lies in one tile of 4096 elements of the noise (dense), or in one row and one tile of columns (factored).
+// A piece lies in one tile of 4096 elements of the parameter (dense and gaussian), or in one row and one tile of columns
+// (factored).
 
 enum { kUnroll = 8, kStep = kUnroll * kLanes, kBlocks = kGroups * kLanes };
 
@@ -20,7 +21,7 @@ ZO_FN void zo_leave(T* to, const uint16_t* random, F32 x) {
 }
 
 // Terms of a sum: row t of the packed signs lies at signs + t * row and begins with the piece's tile.
-struct Terms {
+struct Signs {
   const uint8_t* signs;
   size_t row;
   const float* coefficients;
@@ -28,7 +29,7 @@ struct Terms {
 };
 
 template <int kCount>
-ZO_FN void zo_subtract(F32 sum[kCount], const Terms& terms, int element) {
+ZO_FN void zo_subtract(F32 sum[kCount], const Signs& terms, int element) {
   const uint8_t* row = terms.signs;
   for (int t = 0; t < terms.count; ++t, row += terms.row) {
     const Coefficient c = zo_coefficient(terms.coefficients[t]);
@@ -37,8 +38,30 @@ ZO_FN void zo_subtract(F32 sum[kCount], const Terms& terms, int element) {
   }
 }
 
+// The same of normals: row t of the half-words that name quantiles. Those of elements outside of the piece may be anything.
+struct Normals {
+  const uint16_t* words;
+  size_t row;
+  const float* coefficients;
+  int count;
+  const float* quantiles;
+};
+
+template <int kCount>
+ZO_FN void zo_subtract(F32 sum[kCount], const Normals& terms, int element) {
+  const uint16_t* row = terms.words + element;
+  for (int t = 0; t < terms.count; ++t, row += terms.row) {
+    const F32 c = zo_all(terms.coefficients[t]);
+    ZO_UNROLL
+    for (int u = 0; u < kCount; ++u) {
+      const U32 word = zo_load_bits(row + u * kLanes);
+      sum[u] = sum[u] - c * zo_float(zo_normal<U32>(zo_bits(zo_pick(terms.quantiles, word & 0x7fffu)), word));
+    }
+  }
+}
+
 // Fewer than kLanes elements that begin `skip` elements after a multiple of 8.
-template <Rounding kHow, class From, class To>
+template <Rounding kHow, class From, class To, class Terms>
 static void zo_sweep_part(const From* from, To* to, const uint16_t* random, int element, int skip, int count,
                           float shrink, const Terms& terms) {
   From in[kLanes] = {};
@@ -53,7 +76,7 @@ static void zo_sweep_part(const From* from, To* to, const uint16_t* random, int 
 }
 
 // to[i] = round(from[i] * shrink - sum_t c_t u_t) for i < count; element 0 has index `first` in its tile.
-template <Rounding kHow, class From, class To>
+template <Rounding kHow, class From, class To, class Terms>
 static void zo_sweep(const From* from, To* to, const uint16_t* random, int first, int count, float shrink,
                      const Terms& terms) {
   int i = 0;
@@ -126,13 +149,15 @@ static void zo_fill_signs(uint8_t* table, uint64_t tile, int first, int count, u
   }
 }
 
-// Rounding bits of `count` elements from `element` on; returns where the first one's lie in the buffer.
-static const uint16_t* zo_fill_random(uint16_t* buffer, uint64_t element, int count, uint64_t seed, uint32_t param) {
+// Half-words of `count` elements from `element` on; returns where the first one's lie in the buffer, which has room for
+// kBlocks blocks more.
+static const uint16_t* zo_fill_words(uint16_t* buffer, uint64_t element, int count, uint32_t stream, uint64_t seed,
+                                     uint32_t param, uint32_t direction) {
   const uint64_t first = element >> 3;
   const int blocks = (int)(((element + (uint64_t)count + 7) >> 3) - first);
   for (int at = 0; at < blocks; at += kBlocks) {
     U32 words[kGroups][4];
-    zo_blocks(words, first + (uint64_t)at, kRandom, seed, param, 0);
+    zo_blocks(words, first + (uint64_t)at, stream, seed, param, direction);
     ZO_UNROLL
     for (int g = 0; g < kGroups; ++g) zo_put_words(buffer + 8 * (at + g * kLanes), words[g]);
   }
