@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import zo_ds
 from tests.launch import jobs
 from tests.unit.families import MOE, SPECS, batch_for, family
-from zo_ds.config.schema import ModelConfig
+from zo_ds.config.schema import ModelConfig, PeftConfig
 from zo_ds.errors import DataError
-from zo_ds.models.load import LoadedModel, base_source, load_model
+from zo_ds.models.adapters import base_source
+from zo_ds.models.load import LoadedModel, load_model
 from zo_ds.stores.resident import fill_in_place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,7 +322,7 @@ def test_every_store_gets_the_weights_that_a_whole_model_has(
             step = engine.step(batch_for(name))
             found.add((first, step.clean_loss, tuple(step.coefficients.tolist()), engine.digest()))
             if not whole:
-                engine.load_weights(base_source(settings(folder, dtype), 3, loaded))
+                engine.load_weights(base_source(settings(folder, dtype), PeftConfig(), 3, loaded))
                 assert engine.digest() == first
             engine.store.close()
     assert len(found) == 1

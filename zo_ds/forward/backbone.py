@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zo_ds.forward.modules import Forward, stand_in
+from zo_ds.forward.soft_prompts import has_soft_prompts, virtual_tokens
 
 Answer = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -17,8 +19,11 @@ def find_backbone(model: nn.Module) -> nn.Module:
     """The module whose calls are joined.
 
     A transformers model names its part below the head (``base_model_prefix``); the head, whose output is by far the
-    largest activation, and the loss then run one replica at a time. Any other module is joined as a whole.
+    largest activation, and the loss then run one replica at a time. Any other module is joined as a whole, and so is a
+    model behind soft prompts: what its part below the head is given differs from replica to replica.
     """
+    if has_soft_prompts(model):
+        return model
     inner: Any = without_adapters(model)
     below = getattr(inner, getattr(inner, "base_model_prefix", "") or "base_model", None)
     return below if isinstance(below, nn.Module) else model
@@ -42,6 +47,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return inner
 
 
+def takes_use_cache(model: nn.Module) -> bool:
+    """Whether a model, which adapters may wrap, can be told not to keep keys and values."""
+    return "use_cache" in inspect.signature(without_adapters(model).forward).parameters
+
+
 def outside_of(part: nn.Module, model: nn.Module) -> list[nn.Module]:
     """Modules of a model that are not within a part of it."""
     inside = set(part.modules())
@@ -53,12 +63,27 @@ class Backbone:
 
     Args:
         module: see `find_backbone`.
+
+    Attributes:
+        brings_cache: whether calls may use, and give back, a key-value cache that nobody asked for.
+        takes_use_cache: whether they can be told not to.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.brings_cache = has_soft_prompts(module)
+        self.takes_use_cache = takes_use_cache(module)
+        self._virtual = virtual_tokens(module)
         self._answer: Answer | None = None
         stand_in(module, self._forward)
+
+    def tokens(self, lead: Tensor) -> int:
+        """Vectors of each example in the layers below.
+
+        Args:
+            lead: the first input.
+        """
+        return self._virtual + (lead.shape[1] if lead.dim() > 1 else 1)
 
     @contextmanager
     def answered_by(self, answer: Answer | None) -> Iterator[None]:

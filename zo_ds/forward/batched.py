@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +18,24 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError, of_a_collective
 from zo_ds.forward.axes import calls_of, find_axes
-from zo_ds.forward.backbone import Backbone, find_backbone, outside_of
-from zo_ds.forward.displacement import Place
+from zo_ds.forward.backbone import Answer, Backbone, find_backbone, outside_of
+from zo_ds.forward.displacement import Anywhere, Place, Shift, run_of_one_seed
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.forward.joining import Joiner, PassSize
 from zo_ds.forward.memory import give_back
 from zo_ds.forward.modules import Forward, own_parameters
+from zo_ds.forward.replicas import LostAxisError, Together
+from zo_ds.forward.rowwise import RowWise
 from zo_ds.forward.sequential import SequentialEvaluator
-from zo_ds.forward.split import first_tensor, is_plain, repeat
+from zo_ds.forward.soft_prompts import stand_in_prompts
+from zo_ds.forward.split import first_tensor, is_plain, repeat, with_batch_axis
 from zo_ds.forward.survey import largest_result
 from zo_ds.forward.verify import Difference, JointSamples, Trace, compare, losses_differ
 
 log = logging.getLogger("zo_ds")
+
+ROWS_ALIKE = 0.5
+"""Least share of generated answers that must be worth the same in a batched and in a sequential forward."""
 
 
 class BatchedEvaluator(Evaluator):
@@ -51,23 +58,33 @@ class BatchedEvaluator(Evaluator):
         super().__init__(module, perturber, reference.loss_fn, reference.autocast_dtype, reference.device_type)
         self._reference = reference
         backbone = Backbone(find_backbone(module))
-        self._joiner = Joiner(backbone, perturber, pass_size or PassSize(), self._made, self._served)
+        self._pass_size = pass_size or PassSize()
+        self._joiner = Joiner(backbone, perturber, self._pass_size, self._made, self._served)
         self._gathered, self._holding, self._head = gathered, ExitStack(), list[nn.Parameter]()
         self._head_is_held = False
+        self._prompts = stand_in_prompts(module, perturber)
         self._joinable = self._learned = self._verified = False
         self._trace: Trace | None = None
         self._place_number = 0
 
-    def losses(self, batch: Batch, places: Sequence[Place]) -> Tensor:
-        """See `Evaluator.losses`.
+    def losses(self, batch: Batch, places: Sequence[Anywhere]) -> Tensor:
+        """See `Evaluator.losses`. After an update that was not made, the model runs alone.
 
         Raises:
             ConfigError: on the first batch with a displacement, the sequential evaluator finds other losses.
         """
+        displaced = [place for place in places if not isinstance(place, Shift)]
+        if len(displaced) < len(places):
+            return self._reference.losses(batch, places)
+        return self._at(batch, displaced)
+
+    def _at(self, batch: Batch, places: Sequence[Place]) -> Tensor:
         if not any(places):
             return torch.stack([self._losses_here(batch)] * len(places))
         if not self._learned:
             self._learn(batch)
+        if isinstance(self.loss_fn, RowWise):
+            return self._row_wise(batch, places)
         return self._losses(batch, places) if self._verified else self._verify(batch, places)
 
     def call(self, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
@@ -82,6 +99,57 @@ class BatchedEvaluator(Evaluator):
         finally:
             self._joiner.clear()
             self._head_is_held = False
+
+    def _row_wise(self, batch: Batch, places: Sequence[Place]) -> Tensor:
+        """The loss function once for as many places as a pass computes, with the batch repeated for each."""
+        lead = first_tensor(batch)
+        if lead is None or not self._joinable:
+            return self._reference.losses(batch, places)
+        rows, tokens = lead.shape[0], lead.shape[1] if lead.dim() > 1 else 1
+        size = self._pass_size.for_activations(self._joiner.bytes_per_input * lead.numel())
+        found = list[Tensor]()
+        while len(found) < len(places):
+            together = Together(run_of_one_seed(places, len(found), size), rows, tokens, len(found))
+            repeated = repeat(batch, together.count, with_batch_axis(batch, rows))
+            try:
+                with self._joiner.backbone.answered_by(self._for(together)), self.perturber.together(together):
+                    found += self._losses_here(repeated).view(together.count, rows).unbind()
+            except (LostAxisError, ValueError, RuntimeError, TypeError, IndexError) as error:
+                if of_a_collective(error):
+                    raise
+                # If the loss function is to blame, it fails alone as well.
+                log.warning("%s", f"the model runs one direction at a time: {str(error).split(chr(10))[0]}")
+                self._joinable = False
+                return self._reference.losses(batch, places)
+        losses = torch.stack(found)
+        if not self._verified:
+            self._verify_rows(batch, places, losses)
+        return losses
+
+    def _for(self, together: Together) -> Answer:
+        """Calls for many places with as many tokens as each of them has: those behind a cache bring one."""
+
+        def answer(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            backbone, lead = self._joiner.backbone, first_tensor((args, kwargs))
+            own = together if lead is None else replace(together, tokens=backbone.tokens(lead))
+            with backbone.answered_by(None), self.perturber.together(own):
+                return original(*args, **kwargs)
+
+        return answer
+
+    def _verify_rows(self, batch: Batch, places: Sequence[Place], found: Tensor) -> None:
+        """Hold some places against the sequential evaluator.
+
+        What is said may turn on the last bit of two logits, so that a row may differ; most of them do not.
+        """
+        numbers = sorted({0, len(places) // 2, len(places) - 1})
+        expected = self._reference.losses(batch, [places[number] for number in numbers])
+        same = expected == found[numbers]
+        if float(same.double().mean()) < ROWS_ALIKE:
+            self._refuse(None, numbers, list(expected), found)
+        self._verified = True
+        self.perturber.forget_copies()
+        give_back()
 
     def _one(self, batch: Batch, places: Sequence[Place], number: int) -> Tensor:
         made = 0
@@ -114,9 +182,15 @@ class BatchedEvaluator(Evaluator):
         self._find_what_runs(batch)
         backbone = self._joiner.backbone
         hosts: dict[nn.Module | None, str] = {None: f"{type(backbone.module).__name__} was not called; nothing"}
+        tried = False
 
         def answer(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal tried
             with backbone.answered_by(None):
+                if tried and isinstance(self.loss_fn, RowWise):
+                    # Later calls go on from a cache; what holds for the first holds for them.
+                    return original(*args, **kwargs)
+                tried = True
                 output, found = self._try(original, (args, kwargs))
             if found is not None:
                 hosts.clear()
@@ -171,8 +245,8 @@ class BatchedEvaluator(Evaluator):
             if of_a_collective(error):
                 raise
             return output, {None: f"twice the examples fail ({str(error).splitlines()[0]}); something"}
-        tokens = lead.shape[1] if lead.dim() > 1 else 1
-        found = find_axes(once, doubled, self.perturber.holders, lead.shape[0], tokens)
+        holders = {holder: known for holder, known in self.perturber.holders.items() if holder not in self._prompts}
+        found = find_axes(once, doubled, holders, lead.shape[0], self._joiner.backbone.tokens(lead))
         self.perturber.know(found.axes)
         return output, found.hosts
 

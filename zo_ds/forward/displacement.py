@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zo_ds.ops.plan import Plan
+
 
 @dataclass(frozen=True)
 class Displacement:
@@ -21,8 +23,21 @@ class Displacement:
     eps: float
 
 
+@dataclass(frozen=True)
+class Shift:
+    """Where theta would be after updates that have not been made.
+
+    Attributes:
+        plan: the updates.
+    """
+
+    plan: Plan
+
+
 Place = Displacement | None
 """None stands for theta itself."""
+Anywhere = Place | Shift
+"""What the sequential evaluator can go to."""
 
 
 def run_of_one_seed(places: Sequence[Place], start: int, size: int) -> tuple[Place, ...]:

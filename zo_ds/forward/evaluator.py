@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
 from zo_ds.forward.buffers import BufferGuard
-from zo_ds.forward.displacement import Place
+from zo_ds.forward.displacement import Anywhere
 from zo_ds.forward.perturber import Perturber
 
 Batch = Any
@@ -45,7 +45,7 @@ class Evaluator(ABC):
         self._buffers = BufferGuard(module)
 
     @abstractmethod
-    def losses(self, batch: Batch, places: Sequence[Place]) -> Tensor:
+    def losses(self, batch: Batch, places: Sequence[Anywhere]) -> Tensor:
         """Losses of one unit of work at each place.
 
         Args:

@@ -15,7 +15,7 @@ from zo_ds.forward.displacement import Place, run_of_one_seed
 from zo_ds.forward.modules import Forward
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.replicas import LostAxisError, Together
-from zo_ds.forward.split import first_tensor, is_plain, kept, part, repeat, same, with_batch_axis
+from zo_ds.forward.split import first_tensor, is_plain, kept, part, repeat, same, with_batch_axis, without_caches
 
 log = logging.getLogger("zo_ds")
 
@@ -155,15 +155,18 @@ class Joiner:
         lead = first_tensor(inputs)
         assert lead is not None
         size = self._pass_size.for_activations(self.bytes_per_input * lead.numel())
-        tokens = lead.shape[1] if lead.dim() > 1 else 1
-        together = Together(run_of_one_seed(places, first, size), lead.shape[0], tokens, first)
+        places_at_once = run_of_one_seed(places, first, size)
+        together = Together(places_at_once, lead.shape[0], self.backbone.tokens(lead), first)
         compared = kept(inputs)
         args, kwargs = repeat(inputs, together.count, self.batched(inputs))
-        if "use_cache" in kwargs and kwargs["use_cache"] is None:
+        backbone, asked = self.backbone, kwargs.get("use_cache")
+        if asked is None and ("use_cache" in kwargs or (backbone.brings_cache and backbone.takes_use_cache)):
             # Nobody asked for a cache; it would hold the keys and values of every place.
             kwargs["use_cache"] = False
-        with self.backbone.answered_by(None), self._perturber.together(together):
+        with backbone.answered_by(None), self._perturber.together(together):
             output = original(*args, **kwargs)
+        if backbone.brings_cache and not asked:
+            output = without_caches(output)
         return _Call(compared, together, output, self._made())
 
     def _run_apart(self, call: int, why: str) -> None:

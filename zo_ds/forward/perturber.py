@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
 from zo_ds.forward.axes import Axes
-from zo_ds.forward.displacement import Displacement, Place
+from zo_ds.forward.displacement import Anywhere, Displacement, Shift
 from zo_ds.forward.leaves import Leaf, NotALeafError, elementwise, leaf_of
 from zo_ds.forward.modules import Forward, is_unshared, own_parameters, stand_in
 from zo_ds.forward.replicas import LostAxisError, Replicas, Scratch, Together
@@ -42,7 +42,7 @@ class Perturber:
         self._infos = dict(parameters)
         self._structure = structure
         self._module = module
-        self._place: Place = None
+        self._place: Anywhere = None
         self._replicas: Replicas | None = None
         self._joined: Together | None = None
         self._axes: dict[nn.Module, Axes] = {}
@@ -77,16 +77,16 @@ class Perturber:
         return self._joined is not None and self._replicas is not None and self._replicas.together is not self._joined
 
     @contextmanager
-    def displaced(self, place: Place, *, leaves: bool = False) -> Iterator[None]:
+    def displaced(self, place: Anywhere, *, leaves: bool = False) -> Iterator[None]:
         """Within this context the model runs at one place.
 
         Args:
             place: where.
             leaves: let the registry compute what it knows, as in a batched forward; else every module's own code runs
-                on displaced copies.
+                on displaced copies. It knows nothing of a `Shift`.
         """
         self._place = place
-        self._replicas = self._replicas_of(Together((place,))) if leaves else None
+        self._replicas = self._replicas_of(Together((place,))) if leaves and not isinstance(place, Shift) else None
         try:
             if place is not None:
                 for parameter in self._guests.get(None, {}):
@@ -127,6 +127,19 @@ class Perturber:
         for host in self._guests:
             if host is not None:
                 self.run_each(host)
+
+    def for_each(self, call: Callable[[], Any]) -> list[Any]:
+        """What a call that takes no activations gives at each of the joined places; at one place, if that is all."""
+        replicas, found = self._replicas, []
+        if replicas is None or replicas.count == 1:
+            return [call()]
+        try:
+            for place in replicas.places:
+                self._replicas = self._replicas_of(Together((place,)))
+                found.append(call())
+        finally:
+            self._replicas = replicas
+        return found
 
     def forget_copies(self) -> None:
         """Free the scratch copies of whole parameters; they are made again where they are needed."""
@@ -199,12 +212,12 @@ class Perturber:
         return join(outputs)
 
     def _alone(
-        self, module: nn.Module, place: Place, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, place: Anywhere, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The module's own code on displaced copies of what it uses."""
         if place is None:
             return original(*args, **kwargs)
-        if _only_gathers_rows(module, args, kwargs):
+        if isinstance(place, Displacement) and _only_gathers_rows(module, args, kwargs):
             (table,) = own_parameters(module)
             if table in self._infos and table not in self._originals:
                 return self._replicas_of(Together((place,))).rows(table, args[0], table.dtype)[0]
@@ -224,7 +237,7 @@ class Perturber:
         own = [p for p in own_parameters(module) if p in self._infos]
         return list(dict.fromkeys(own) | self._guests.get(module, {}))
 
-    def _show(self, parameter: nn.Parameter, place: Displacement) -> None:
+    def _show(self, parameter: nn.Parameter, place: Displacement | Shift) -> None:
         theta = parameter.data
         shelf = self._shelves.setdefault((theta.shape, theta.dtype), [])
         out = shelf.pop() if shelf else torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
@@ -237,7 +250,13 @@ class Perturber:
                 remedy="call the module instead of reading its weight, or use ZeRO stage 0",
             )
         site = info.site(self._structure)
-        ops.perturb(theta.contiguous(), site, place.seed, [place.direction], [place.eps], out=out.unsqueeze(0))
+        if isinstance(place, Shift):
+            # The copy may have been made in a forward, and torch writes to such a tensor in this mode only.
+            with torch.inference_mode():
+                out.copy_(theta)
+                ops.apply_([out], [site], place.plan)
+        else:
+            ops.perturb(theta.contiguous(), site, place.seed, [place.direction], [place.eps], out=out.unsqueeze(0))
         self._originals[parameter] = theta
         parameter.data = out
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_ds.forward.displacement import Place
+from zo_ds.forward.displacement import Anywhere
 from zo_ds.forward.evaluator import Batch, Evaluator
 
 
@@ -16,7 +16,7 @@ class SequentialEvaluator(Evaluator):
 
     _surveyed = False
 
-    def losses(self, batch: Batch, places: Sequence[Place]) -> Tensor:
+    def losses(self, batch: Batch, places: Sequence[Anywhere]) -> Tensor:
         """See `Evaluator.losses`."""
         if not self._surveyed:
             self.survey(batch)
@@ -27,6 +27,6 @@ class SequentialEvaluator(Evaluator):
         self.perturber.survey(lambda: self._run(self.loss_fn, batch))
         self._surveyed = True
 
-    def _one(self, batch: Batch, place: Place) -> Tensor:
+    def _one(self, batch: Batch, place: Anywhere) -> Tensor:
         with self.perturber.displaced(place):
             return self._losses_here(batch)

@@ -98,6 +98,11 @@ def part(output: Any, number: int, replicas: int, examples: int) -> Any:
     return tree_map(one, output)
 
 
+def without_caches(output: Any) -> Any:
+    """An output with None for its key-value caches: some models give back the prefix that they were given."""
+    return tree_map(lambda leaf: None if hasattr(leaf, "get_seq_length") else leaf, output)
+
+
 def kept(inputs: Any) -> Any:
     """Inputs to compare others with later: copies, since a caller may write to its own."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.dim() < 4 else leaf, inputs)

@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from zo_ds.errors import DataError
+from zo_ds.maths.names import canonical_names
 from zo_ds.tensor_files import Source, TensorFiles
 
 log = logging.getLogger("zo_ds")
@@ -129,7 +130,7 @@ def _fill_buffers(module: nn.Module, files: TensorFiles, names: dict[str, str]) 
 
 def source_of(module: nn.Module) -> Source:
     """What fills a model's parameters from another one that has them."""
-    held = {name: parameter.data for name, parameter in module.named_parameters()}
+    held = {name: parameter.data for parameter, name in canonical_names(module).items()}
 
     def fill(name: str, start: int, out: Tensor) -> None:
         if name not in held:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zo_ds.errors import ConfigError
 from zo_ds.maths.directions import NoiseStructure, ParamInfo
+from zo_ds.maths.names import canonical_names
 from zo_ds.ops import api as ops
 from zo_ds.ops.plan import Plan
 from zo_ds.tensor_files import Source
@@ -75,7 +76,7 @@ def trainable_parameters(model: nn.Module) -> dict[nn.Parameter, ParamInfo]:
     """
     infos: dict[nn.Parameter, ParamInfo] = {}
     ids: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
+    for parameter, name in canonical_names(model).items():
         if not parameter.requires_grad:
             continue
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -174,9 +175,16 @@ class WeightStore(ABC):
                 total += ops.state_hash(flat, info.site(self.structure, start))
         return total & 0xFFFFFFFFFFFFFFFF
 
-    def fill(self, source: Source) -> None:
-        """Overwrite every parameter, frozen ones too, by what a source gives for this rank's part of it."""
-        for name, parameter in self.module.named_parameters():
+    def fill(self, source: Source, *, frozen: bool = True) -> None:
+        """Overwrite parameters by what a source gives for this rank's part of each, see `canonical_names`.
+
+        Args:
+            source: of the weights.
+            frozen: those too that are not trained, and so are the base model's for good.
+        """
+        for parameter, name in canonical_names(self.module).items():
+            if not frozen and parameter not in self.parameters:
+                continue
             with self.local_shard(parameter) as (start, flat):
                 if flat.numel():
                     source(name, start, flat)
@@ -220,23 +228,44 @@ class WeightStore(ABC):
     def view(self, parameter: nn.Parameter) -> Tensor | Stored:
         """The whole parameter where it lies, without a copy: nothing but `apply` and `load` changes what it shows."""
 
-    def views(self) -> list[tuple[str, Tensor | Stored]]:
-        """Every entry of the model's state dict, frozen ones and buffers included; tied weights once, see `view`.
+    @property
+    def trained(self) -> int:
+        """Elements that are trained."""
+        return sum(info.numel for info in self.parameters.values())
+
+    @property
+    def total(self) -> int:
+        """Elements of the model."""
+        # Under ZeRO-3 a parameter that is not gathered is empty.
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.module.parameters())
+
+    @property
+    def partial(self) -> bool:
+        """Whether some parameters are frozen: a snapshot does without them, since they are the base model's."""
+        return len(self.parameters) < sum(1 for _ in self.module.parameters())
+
+    def views(self, *, frozen: bool = True) -> list[tuple[str, Tensor | Stored]]:
+        """Every entry of the model's state dict, buffers included; tied weights once, see `view`.
 
         To be called between forwards, which show displaced copies in the module; the views themselves stay right.
+
+        Args:
+            frozen: False gives the trained parameters alone, see `canonical_names`.
         """
+        if not frozen:
+            return [(info.name, self.view(parameter)) for parameter, info in self.parameters.items()]
         first = {parameter: name for name, parameter in self.module.named_parameters()}
         entries: list[tuple[str, Tensor | Stored]] = []
         for name, value in self.module.state_dict(keep_vars=True).items():
             if not isinstance(value, nn.Parameter):
                 entries.append((name, value.detach()))
             elif first.get(value, name) == name:
-                entries.append((name, self.view(value)))
+                entries.append((self.parameters[value].name if value in self.parameters else name, self.view(value)))
         return entries
 
-    def take_part(self) -> None:
+    def take_part(self, *, frozen: bool = True) -> None:
         """Read every entry of `views` and let go of it, so that another rank of the replica can have them all."""
-        for _, held in self.views():
+        for _, held in self.views(frozen=frozen):
             if isinstance(held, Stored):
                 held.read()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from zo_ds.maths.names import canonical_names
 from zo_ds.stores.base import WeightStore, materialise
 from zo_ds.tensor_files import Source
 
@@ -16,7 +17,7 @@ def fill_in_place(model: nn.Module, source: Source | None) -> None:
     """Give a model on the meta device its weights in host memory; does nothing if it has them (source is None)."""
     materialise(model, lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
     if source is not None:
-        for name, parameter in model.named_parameters():
+        for parameter, name in canonical_names(model).items():
             source(name, 0, parameter.data.view(-1))
 
 

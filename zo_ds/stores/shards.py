@@ -42,13 +42,18 @@ class WrittenFile:
 
 
 def write_weights(
-    folder: Path, tensors: Sequence[tuple[str, Tensor | Stored]], *, on_read: Callable[[], None] | None = None
+    folder: Path,
+    tensors: Sequence[tuple[str, Tensor | Stored]],
+    *,
+    stem: str = "model",
+    on_read: Callable[[], None] | None = None,
 ) -> list[WrittenFile]:
     """Write model.safetensors, or shards of it with their index, and make them durable.
 
     Args:
         folder: exists.
         tensors: (name, tensor) in order, on any device.
+        stem: of the files' names.
         on_read: called when the tensors are not needed any more; what follows is waiting for the disk.
 
     Raises:
@@ -63,8 +68,8 @@ def write_weights(
         shards[-1].append((name, tensor))
         held += tensor.nbytes
     count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = ["model.safetensors"] if count == 1 else names
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [f"{stem}.safetensors"] if count == 1 else names
     handles: list[int] = []
     files: list[WrittenFile] = []
     try:
@@ -77,7 +82,7 @@ def write_weights(
             total = sum(tensor.nbytes for _, tensor in tensors)
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key, _ in shard}
             index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
-            name = "model.safetensors.index.json"
+            name = f"{stem}.safetensors.index.json"
             handles.append(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
             write_all(handles[-1], index, 0)
             files.append(WrittenFile(name, len(index), (hashlib.sha256(index).hexdigest(),)))
