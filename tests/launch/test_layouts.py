@@ -121,6 +121,14 @@ def test_strict_runs_are_those_of_one_rank(case: str, ranks: Ranks, folder: Path
     assert not list((folder / "disk").iterdir())
 
 
+def test_a_shard_group_looks_twice_and_back_as_one_rank_does(
+    ranks: Ranks, folder: Path, alone: Callable[..., Path]
+) -> None:
+    cons = ("zeroth_order.estimator=zo_sgd_cons", "zeroth_order.num_directions=1", "zeroth_order.lr=1e-3")
+    arguments = (SHORT, *cons, "zeroth_order.momentum=0.5")
+    same(ranks.train(folder, "cons", 2, STORES["none"], SHARD_GROUP, *arguments), alone(*arguments))
+
+
 def test_four_ranks_cannot_share_nine_strict_evaluations(ranks: Ranks, folder: Path) -> None:
     ended = ranks.run("apart", folder, 4, "recipe.yaml", "output.run_dir=apart", "parallel.population=4")
     assert ended.codes == [2] * 4

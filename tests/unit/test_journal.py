@@ -170,6 +170,29 @@ def test_coefficients_name_the_directions_of_older_steps() -> None:
     assert directions == [(1, 0), (1, 1), (0, 0), (0, 1)]
 
 
+def test_what_older_steps_depend_on_is_part_of_the_mathematics() -> None:
+    header = replace(HEADER, window=2, past={"momentum": 0.9, "eps": 1e-3})
+    (segment,) = decode_segments(encoded(header, []))
+    assert segment.header == header
+    assert segment.header.maths() == {**HEADER.maths(), "window": 2, "past": {"momentum": 0.9, "eps": 1e-3}}
+    assert HEADER.maths()["past"] is None
+    assert "past" not in HEADER.to_json()
+
+
+def test_a_learning_rate_that_was_found_comes_back_and_is_no_mathematics() -> None:
+    """Coefficients are in weight units: no learning rate decides how they become weights."""
+    trials = [[0.1, 2.5], [0.2, None], [1e-300, 1.7976931348623157e308]]
+    lr = {"value": 0.1 + 0.2, "how": "range", "best_single_step": 1 / 3, "trials": trials, "forwards": 17}
+    header = replace(HEADER, lr=lr)
+    (segment,) = decode_segments(encoded(header, []))
+    assert segment.header == header
+    assert segment.header.lr == lr
+    assert segment.header.maths() == HEADER.maths()
+    assert segment.header.following(3, 7).lr == lr
+    assert "lr" not in HEADER.to_json()
+    assert decode_segments(encoded(HEADER, []))[0].header.lr is None
+
+
 @settings(max_examples=100)
 @given(data=st.data())
 def test_every_bit_comes_back(data: st.DataObject) -> None:
@@ -261,6 +284,19 @@ def test_lines_are_plain_data() -> None:
         "state_hash": "f" * 16,
     }
     assert (lines[6]["skip"], lines[6]["coefficients"], lines[6]["state_hash"]) == ("non_finite_loss", [], None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 9, 20])
+def test_the_last_records_back_to_where_the_mathematics_changed(count: int, tmp_path: Path) -> None:
+    history = read_journal(write(tmp_path / "same", 3, 3, 8))
+    assert history.before_the_end(0, count, HEADER.maths()) == (records_of(max(0, 8 - count), 8), True)
+    assert history.before_the_end(5, count, FORK.maths()) == ([], True)
+    fork = forked(tmp_path / "fork")
+    assert fork.before_the_end(0, count, FORK.maths()) == (records_of(max(6, 9 - count), 9, FORK), True)
+    assert fork.before_the_end(0, count, HEADER.maths()) == ([], True)
+    file(tmp_path / "same").unlink()
+    late = read_journal(tmp_path / "same")
+    assert late.before_the_end(3, count, HEADER.maths()) == (records_of(max(3, 8 - count), 8), count <= 5)
 
 
 @pytest.mark.parametrize("terms", [(Term(0, 1, 0.5),), (Term(0, 0, 0.5),) * 2, (Term(1, 0, 0.5),)])
@@ -444,6 +480,14 @@ def without(key: str) -> dict[str, Any]:
         (crafted_header({**TREE, "num_directions": 0}, 44), "out of range"),
         (crafted_header({**TREE, "window": 0}, 44), "out of range"),
         (crafted_header({**TREE, "first_step": -1}, 52), "out of range"),
+        (crafted_header({**TREE, "past": [0.9]}, 52), "'past' is malformed"),
+        *[
+            (crafted_header({**TREE, "lr": {"how": "rule", "value": value}}, 52), "'lr' is malformed")
+            for value in (0.0, -1e-3, math.inf, math.nan, "1e-3", True, None, [1e-3])
+        ],
+        (crafted_header({**TREE, "lr": {"how": "rule"}}, 52), "malformed: 'value'"),
+        (crafted_header({**TREE, "lr": 1e-3}, 52), "the header is malformed"),
+        (crafted_header({**TREE, "lr": [1e-3]}, 52), "the header is malformed"),
         (crafted_header(TREE, 56), "contradicts itself"),
         (crafted_header(TREE, 52, reserved=1), "contradicts itself"),
         (b'{"format":"zo_ds journal","journal_version":1}\n', "JSON-lines journal of a version before the first"),

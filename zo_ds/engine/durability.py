@@ -35,7 +35,7 @@ class Durability:
         newest: the snapshot that the run went on from, if any.
         since: what was replayed since.
         replay_s: how long that took.
-        extras: writes the model's configuration and tokenizer into a folder.
+        extras: writes the model's configuration and tokenizer into a folder; not used if a part of it is frozen.
         warn: told what went wrong.
         patience: entered while something may take as long as setting up.
     """
@@ -58,7 +58,8 @@ class Durability:
     ) -> None:
         self.journal, self._patience = journal, patience
         self._store, self._channel, self._layout, self._settings, self._warn = store, channel, layout, settings, warn
-        self._writer = SnapshotWriter(snapshots, settings.keep_snapshots, extras, warn)
+        # Beside a part of the weights, a configuration would make it look like a model.
+        self._writer = SnapshotWriter(snapshots, settings.keep_snapshots, None if store.partial else extras, warn)
         self._auditor = Auditor(store, warn)
         self._newest, self._since = newest, list(since or [])
         self._pending: list[StepRecord] = []
@@ -93,11 +94,11 @@ class Durability:
         if not bool(self._channel.all_gather(torch.tensor([info is not None]))[0]):
             return
         if info is not None:
-            with every_entry_read(self._store) as entries:
+            with every_entry_read(self._store, frozen=not self._store.partial) as entries:
                 self._writer.start(info, entries)
                 self._writer.wait_until_read()
         elif self._layout.replica == 0:
-            self._store.take_part()
+            self._store.take_part(frozen=not self._store.partial)
         self._channel.barrier()
 
     def commit(self, record: StepRecord) -> None:
@@ -141,7 +142,7 @@ class Durability:
             return
         info = self._prepare(state_hash)
         if info is not None:
-            self._writer.start(info, self._store.views())
+            self._writer.start(info, self._store.views(frozen=not self._store.partial))
 
     def _whole_hash(self) -> int:
         return agreed_total(self._channel, self._layout, self._store.state_hash(), "the weights")

@@ -17,18 +17,22 @@ from torch import Tensor
 from zo_ds.config.schema import ZerothOrderConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.export import Saveable, save_pretrained
-from zo_ds.engine.measure import Measurement
+from zo_ds.engine.lr_range import LrRange, Units, find_lr
+from zo_ds.engine.measure import Measured, Measurement
+from zo_ds.engine.past import Earlier, Past
 from zo_ds.engine.skips import SkipWatch
 from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError, of_a_collective
-from zo_ds.forward.displacement import Displacement
+from zo_ds.forward.displacement import Displacement, Place
 from zo_ds.forward.evaluator import Batch, Evaluator, Result
 from zo_ds.journal.history import History
-from zo_ds.journal.records import StepRecord
+from zo_ds.journal.records import StepRecord, terms_of
 from zo_ds.journal.replay import legs
-from zo_ds.maths.estimators import SkipReason, Verdict, probes, verdict
+from zo_ds.maths.estimators import SkipReason, Verdict, follow_up, probes, settle, verdict
+from zo_ds.maths.lr_rule import UNKNOWN_STEPS
+from zo_ds.maths.names import is_adapted
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
-from zo_ds.maths.update import Term, Update
+from zo_ds.maths.update import Update
 from zo_ds.ops.plan import Plan
 from zo_ds.parallel.channel import Channel, agree, gone
 from zo_ds.parallel.grid import Grid
@@ -46,7 +50,7 @@ class StepOutput:
         step: 0-based.
         clean_loss: mean loss at the weights before the update.
         spread: standard deviation of the perturbed losses.
-        coefficients: fp32 [N], what multiplied the directions.
+        coefficients: fp32 [N], of this step's own directions, before momentum.
         skip: None, or why the weights were left alone.
         lr, eps: of this step.
         forwards: forward passes of the whole job, in units of work.
@@ -97,7 +101,39 @@ class ZOEngine:
         self._deferred = 0.0
         self._at_close: list[Callable[[], None]] = []
         self._stop_requested: Callable[[], bool] = lambda: False
-        self._skips = SkipWatch(config.max_consecutive_skips)
+        self._skips, self._past = SkipWatch(config.max_consecutive_skips), Past(config)
+        self.found_lr: Mapping[str, Any] | None = None
+
+    def take_lr(self, found: Mapping[str, Any]) -> None:
+        """Use a learning rate that no recipe gave.
+
+        Args:
+            found: ``value``, and ``how`` it was found; kept in the journal.
+        """
+        lr = float(found["value"])
+        self.found_lr = {**found, "value": lr}
+        self.config = self.config.model_copy(update={"lr": lr})
+
+    def measure_lr(self, units: Units) -> LrRange:
+        """Measure a learning rate before the first step, and use it; collective.
+
+        Args:
+            units: gives this rank's micro-batches of batch number 0 and 1, and one to spare (see `step`).
+
+        Raises:
+            ConfigError: no step lowers the loss, or the run is recorded already.
+        """
+        if self._durability is not None:
+            raise ConfigError(
+                "a learning rate can be measured only before the journal is opened",
+                where="engine.measure_lr",
+                why="the journal's first lines say which one the run uses",
+                remedy="leave run_dir away from zo_ds.initialize, and call zo_ds.engine.resume.open_run afterwards",
+            )
+        steps = self.config.total_steps or UNKNOWN_STEPS
+        found = find_lr(self._measurement, self.config, self.store.trained, steps, units)
+        self.take_lr(found.to_json())
+        return found
 
     @property
     def module(self) -> torch.nn.Module:
@@ -136,13 +172,17 @@ class ZOEngine:
         """Do something when the journal has been closed."""
         self._at_close.append(action)
 
-    def went_on(self, steps_done: int, skips: Sequence[SkipReason]) -> None:
-        """Take the place after recorded steps, whose updates have been applied and of which the last were skipped.
+    def went_on(self, steps_done: int, skips: Sequence[SkipReason], past: Sequence[Earlier] = ()) -> None:
+        """Take the place after recorded steps, whose updates have been applied.
 
-        At least one more step is tried, however many were skipped before.
+        Args:
+            steps_done: how many.
+            skips: why the last of them were skipped. At least one more step is tried, however many there were.
+            past: what the last of them mean to the next one, the newest last.
         """
         self.steps_done = steps_done
         self._skips.went_on(skips)
+        self._past.restore(past)
 
     def step(self, batch: Batch, spare: Batch | None = None) -> StepOutput:
         """Take one step.
@@ -175,11 +215,7 @@ class ZOEngine:
             )
         step, lr, eps = self.steps_done, *self.scheduled(self.steps_done)
         state_hash = self._durability.state_hash(step) if self._durability else None
-        plan = probes(self.config.estimator_spec)
-        seed = step_seed(self.config.run_seed, step)
-        places = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in plan]
-        measured = self._measurement.run(units, places, f"step {step}", spare)
-        found = verdict(measured.means, self.config.estimator_spec, lr, eps)
+        found, measured, evaluations = self._decide(units, spare, step, lr, eps)
         record = StepRecord(self._update(step, found, lr), found.skip, found.clean_loss, found.spread, state_hash)
         self._agree(record)
         stop = self._commit(record)
@@ -191,7 +227,7 @@ class ZOEngine:
                 remedy="the same command goes on from here",
             )
         seconds = time.perf_counter() - started
-        forwards = len(plan) * measured.units
+        forwards = evaluations * measured.units
         return StepOutput(
             step,
             found.clean_loss,
@@ -205,6 +241,23 @@ class ZOEngine:
             self.channel.sent - sent,
             self.store.traffic.since(moved),
         )
+
+    def _decide(
+        self, units: list[Batch], spare: Batch | None, step: int, lr: float, eps: float
+    ) -> tuple[Verdict, Measured, int]:
+        """What the losses say, the last ones that were measured, and how many evaluations it took."""
+        spec, seed = self.config.estimator_spec, step_seed(self.config.run_seed, step)
+        places: list[Place] = [Displacement(seed, p.direction, p.side * eps) if p.side else None for p in probes(spec)]
+        measured = self._measurement.run(units, places, f"step {step}", spare)
+        before = self._past.spread
+        # A spread is as large as its radius.
+        previous = None if before is None else before * (eps / self.scheduled(step - 1)[1])
+        found = verdict(measured.means, spec, lr, eps, previous)
+        if tried := follow_up(spec, found):
+            more: list[Place] = [Displacement(seed, 0, -coefficient) if coefficient else None for coefficient in tried]
+            measured = self._measurement.run(units, more, f"step {step}, second look", spare)
+            found = settle(found, tried, measured.means)
+        return found, measured, len(places) + len(tried)
 
     def losses(self, batch: Batch) -> Tensor:
         """Per-example losses at the current weights, fp64 [n] on the CPU, of this rank's batch alone."""
@@ -234,7 +287,7 @@ class ZOEngine:
     def save_pretrained(
         self, folder: str | Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the model in Hugging Face layout (safetensors), atomically; only rank 0 writes.
+        """Write the model in Hugging Face layout, or an adapter in peft's, atomically; only rank 0 writes.
 
         Args:
             folder: a model that is there already is replaced.
@@ -248,7 +301,7 @@ class ZOEngine:
             if self.channel.rank == 0:
                 save_pretrained(self.store, Path(folder), tokenizer, note)
             elif self.layout.replica == 0 and self.store.collective:
-                self.store.take_part()
+                self.store.take_part(frozen=not is_adapted(self.module))
         self.channel.barrier()
 
     def load_weights(self, weights: Mapping[str, Tensor] | Source) -> None:
@@ -260,10 +313,11 @@ class ZOEngine:
         if self._durability is not None:
             self._durability.before_apply()
             self._off_journal = True
+        self._past.restore(())
         if isinstance(weights, Mapping):
             self.store.load(weights)
         else:
-            self.store.fill(weights)
+            self.store.fill(weights, frozen=False)
         self.settle()
 
     def replay(self, history: History) -> None:
@@ -307,7 +361,7 @@ class ZOEngine:
         config = self.config
         total = config.total_steps or step + 1
         lr = scheduled(
-            config.lr,
+            float(config.lr),
             config.lr_schedule,
             step,
             total,
@@ -320,7 +374,7 @@ class ZOEngine:
     def _update(self, step: int, found: Verdict, lr: float) -> Update:
         if found.skip is not None:
             return Update(step, ())
-        terms = tuple(Term(step, i, float(c)) for i, c in enumerate(found.coefficients))
+        terms = terms_of(step, self._past.coefficients(found.coefficients), self.config.num_directions)
         return Update(step, terms, lr * self.config.weight_decay)
 
     def _agree(self, record: StepRecord) -> None:
@@ -353,6 +407,7 @@ class ZOEngine:
             self.store.apply(Plan.of(self.config.run_seed, [record.update]))
             self.settle()
         self.steps_done += 1
+        self._past.note(record)
         if self._durability is not None:
             # What was deferred belongs to an earlier step; it is the sum that counts.
             seconds = time.perf_counter() - started + deferred - self._deferred

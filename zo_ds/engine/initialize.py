@@ -26,6 +26,8 @@ from zo_ds.forward.loss import model_loss
 from zo_ds.forward.perturber import Perturber
 from zo_ds.forward.sequential import SequentialEvaluator
 from zo_ds.maths.estimators import probes
+from zo_ds.maths.lr_rule import UNKNOWN_STEPS, default_lr
+from zo_ds.maths.names import is_adapted
 from zo_ds.parallel.channel import Channel
 from zo_ds.parallel.grid import Grid, make_grid
 from zo_ds.parallel.launched import open_channel
@@ -99,9 +101,16 @@ def initialize(
     evaluator = _evaluator(zeroth_order, perturber, store, loss_fn or model_loss, device_type)
     measurement = Measurement(evaluator, channel, grid, layout, chunk)
     made = ZOEngine(zeroth_order, store, evaluator, channel, engine, measurement)
+    if not isinstance(zeroth_order.lr, float):
+        # A range test needs batches, and comes later.
+        made.take_lr({"value": _lr_by_rule(zeroth_order, store), "how": "rule"})
     if run_dir is not None:
         open_own_run(made, Path(run_dir), Options(total_steps=zeroth_order.total_steps))
     return made
+
+
+def _lr_by_rule(config: ZerothOrderConfig, store: WeightStore) -> float:
+    return default_lr(config.estimator_spec, store.trained, store.total, config.total_steps or UNKNOWN_STEPS)
 
 
 def _grid(asked: _Asked, channel: Channel, chunk: int) -> Grid:
@@ -184,5 +193,7 @@ def _cast(model: nn.Module, tree: Mapping[str, Any]) -> None:
     for key, dtype in _DTYPES.items():
         if block(tree, key, "deepspeed").get("enabled") is True:
             for parameter in model.parameters():
-                if parameter.is_floating_point() and parameter.dim() >= 2:
+                # An adapter's matrices are small, and stay as wide as peft makes them.
+                held = is_adapted(model) and parameter.requires_grad
+                if parameter.is_floating_point() and parameter.dim() >= 2 and not held:
                     parameter.data = parameter.data.to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.errors import DataError, PeerError
-from zo_ds.forward.displacement import Place
+from zo_ds.forward.displacement import Anywhere
 from zo_ds.forward.evaluator import Batch, Evaluator
 from zo_ds.parallel.channel import Channel
 from zo_ds.parallel.grid import Grid
@@ -28,12 +28,14 @@ class Measured:
         units: micro-batches of the step.
         examples: of the step.
         bad_examples: examples whose loss is not finite at some place.
+        clean: whether theta itself is among the places.
     """
 
     means: Tensor
     units: int
     examples: int
     bad_examples: int
+    clean: bool
 
 
 class Measurement:
@@ -51,7 +53,9 @@ class Measurement:
         self.grid, self.layout = grid, layout
         self._evaluator, self._channel, self._chunk = evaluator, channel, chunk
 
-    def run(self, units: Sequence[Batch], places: Sequence[Place], where: str, spare: Batch | None = None) -> Measured:
+    def run(
+        self, units: Sequence[Batch], places: Sequence[Anywhere], where: str, spare: Batch | None = None
+    ) -> Measured:
         """The losses of a step; collective.
 
         Args:
@@ -66,23 +70,25 @@ class Measurement:
             PeerError: a rank is gone, or micro-batches differ in size or number.
         """
         mine = self.grid.places(len(places), self._chunk)
-        sums, sizes, bad = self._own(units, [places[k] for k in mine], len(places), spare)
+        sums, sizes, bad = self._own(units, places, mine, spare)
         size = min(sizes, default=0) if len(sizes) < 2 else _UNEQUAL
         width = max(len(share) for share in self._shares(len(places)))
         message = torch.tensor([len(units), size, bad] + [0] * 2 * width)
         message[3 : 3 + 2 * len(mine)] = to_words(sums)
-        return self._reduced(self._channel.all_gather(message), len(places), f"{where}, {sorted(sizes)} examples here")
+        messages = self._channel.all_gather(message)
+        return self._reduced(messages, len(places), None in places, f"{where}, {sorted(sizes)} examples here")
 
     def _own(
-        self, units: Sequence[Batch], places: Sequence[Place], total: int, spare: Batch | None
+        self, units: Sequence[Batch], places: Sequence[Anywhere], mine: range, spare: Batch | None
     ) -> tuple[list[int | None], set[int], int]:
         """(sum of each place, numbers of examples that a unit has, examples that are not finite)."""
-        rounds, shown = len(units), list(places)
+        # A rank without a place of its own takes another's, to say how many examples it has.
+        rounds, shown = len(units), [places[k] for k in mine] or [places[-1]]
         if self.layout.lockstep:
             counts = torch.cat(self._channel.all_gather(torch.tensor([len(units)])))
             rounds = max(int(counts[rank]) for rank in self.layout.members)
-            shares = self._shares(total)
-            shown += [places[-1]] * (max(len(shares[rank]) for rank in self.layout.members) - len(places))
+            shares = self._shares(len(places))
+            shown += [shown[-1]] * (max(len(shares[rank]) for rank in self.layout.members) - len(shown))
         if rounds > len(units) and spare is None and not units:
             raise DataError(
                 "a rank of a shard group has no micro-batch",
@@ -90,13 +96,13 @@ class Measurement:
                 why="its shards are needed in every forward of the group",
                 remedy="give every rank a micro-batch, or one as spare=...",
             )
-        sums: list[int | None] = [0] * len(places)
+        sums: list[int | None] = [0] * len(mine)
         sizes, bad = set[int](), 0
         for number in range(rounds):
             if number >= len(units):
                 self._evaluator.losses(units[0] if spare is None else spare, shown)
                 continue
-            losses = self._evaluator.losses(units[number], shown)[: len(places)]
+            losses = self._evaluator.losses(units[number], shown)[: len(mine)]
             sums = [add(pair) for pair in zip(sums, exact_sums(losses), strict=True)]
             sizes.add(losses.shape[1])
             bad += int((~losses.isfinite()).any(dim=0).sum())
@@ -105,7 +111,7 @@ class Measurement:
     def _shares(self, total: int) -> list[range]:
         return [self.grid.of(rank).places(total, self._chunk) for rank in range(self.grid.world_size)]
 
-    def _reduced(self, messages: Sequence[Tensor], total: int, where: str) -> Measured:
+    def _reduced(self, messages: Sequence[Tensor], total: int, clean: bool, where: str) -> Measured:
         heads = [[int(value) for value in message[:3]] for message in messages]
         rows = [heads[at : at + self.grid.data] for at in range(0, len(heads), self.grid.data)]
         counts = [sum(head[0] for head in row) for row in rows]
@@ -127,4 +133,4 @@ class Measurement:
         examples = counts[0] * sizes.pop()
         means = torch.tensor([mean(add(part), examples) for part in parts], dtype=torch.float64)
         bad = sum(max(row[d][2] for row in rows) for d in range(self.grid.data))
-        return Measured(means, counts[0], examples, bad)
+        return Measured(means, counts[0], examples, bad, clean)

@@ -20,6 +20,7 @@ import torch
 from zo_ds.config.schema import JournalConfig
 from zo_ds.engine.durability import Durability
 from zo_ds.engine.engine import ZOEngine
+from zo_ds.engine.past import Earlier, earlier, reach, settings
 from zo_ds.errors import ConfigError, CorruptRunError
 from zo_ds.journal.history import History, Stretch, read_journal
 from zo_ds.journal.journal import Journal
@@ -105,7 +106,11 @@ def open_run(engine: ZOEngine, run_dir: Path, options: Options | None = None) ->
         start, history = _tell(engine, run_dir, plan, found[1] if found else None)
         resumed, stretches = _catch_up(engine, start, history, options)
         resumed = replace(resumed, changed=tuple(plan.changed))
-        engine.went_on(plan.end, [SkipReason(reason) for reason in plan.skips])
+        past = [Earlier(tuple(coefficients), spread) for coefficients, spread in plan.past]
+        if plan.lr is not None and engine.found_lr is not None:
+            # Neither a longer run nor another measurement changes what was begun.
+            engine.take_lr(plan.lr)
+        engine.went_on(plan.end, [SkipReason(reason) for reason in plan.skips], past)
     engine.settle()
     agreed_total(engine.channel, engine.layout, engine.store.state_hash(), f"the weights after step {plan.end}")
     journal = on_rank_0(
@@ -153,7 +158,9 @@ class _Plan:
         resumed: there is a run to go on with.
         step, snapshot, end: see `Start`.
         skips: why the last steps before `end` were skipped, if they were.
+        past: the fields of an `Earlier` for each step before `end` that the next one looks back on.
         changed: see `Resumed`.
+        lr: how the run found its learning rate, if it was given none.
     """
 
     resumed: bool = False
@@ -161,20 +168,37 @@ class _Plan:
     snapshot: str | None = None
     end: int = 0
     skips: tuple[str, ...] = ()
+    past: tuple[tuple[tuple[float, ...], float | None], ...] = ()
     changed: tuple[str, ...] = ()
+    lr: Mapping[str, Any] | None = None
 
 
 def _find(engine: ZOEngine, run_dir: Path, base: str, options: Options) -> tuple[_Plan, History | None]:
     if not any((run_dir / JOURNAL).glob("*.zoj")):
         return _Plan(), None
     history = read_journal(run_dir / JOURNAL)
-    changed = _check_identity(history, _header(engine, base, options), options)
+    header = _header(engine, base, options)
+    changed = _check_identity(history, header, options)
     start = choose_start(history, run_dir / SNAPSHOTS, options.warn)
     for problem in () if history.whole else history.problems:
         options.warn(f"the journal is damaged: {problem}; going on from what is sound, step {start.end}")
     snapshot = str(start.snapshot.absolute()) if start.snapshot else None
     skips = tuple(reason.value for reason in history.skips_before(start.end))
-    return _Plan(True, start.step, snapshot, start.end, skips, changed), history
+    past = _past(engine, header, history, start, options)
+    lr = None if changed else history.segments[-1].header.lr
+    return _Plan(True, start.step, snapshot, start.end, skips, past, changed, lr), history
+
+
+def _past(
+    engine: ZOEngine, header: Header, history: History, start: Start, options: Options
+) -> tuple[tuple[tuple[float, ...], float | None], ...]:
+    records, whole = history.before_the_end(start.step, reach(engine.config), header.maths())
+    if not whole:
+        options.warn(
+            f"the journal is damaged before step {start.end - len(records)}: the next steps do not look back further"
+        )
+    steps = [earlier(record, header.num_directions) for record in records]
+    return tuple((step.coefficients, step.spread) for step in steps)
 
 
 def _tell(engine: ZOEngine, run_dir: Path, plan: _Plan, history: History | None) -> tuple[Start, History]:
@@ -254,7 +278,7 @@ def _open_journal(
     for problem in purge(run_dir / SNAPSHOTS, settings.keep_snapshots):
         options.warn(f"an old snapshot stays: {problem}")
     journal = Journal.reopen(run_dir / JOURNAL, history, plan.step, options.total_steps, settings.sync_every)
-    if header.maths() != journal.header.maths():
+    if header.maths() != journal.header.maths() or header.lr not in (None, journal.header.lr):
         journal.rotate(header)
     return journal
 
@@ -272,6 +296,9 @@ def _header(engine: ZOEngine, base: str, options: Options) -> Header:
         parameters=tuple(engine.store.parameters.values()),
         zo_ds=VERSION,
         base_model=options.base_model,
+        window=config.window,
+        past=settings(config),
+        lr=engine.found_lr,
     )
 
 

@@ -57,5 +57,6 @@ def _diagnosis(measured: Measured) -> str:
     bad, count = int((~means.isfinite()).sum()), means.numel()
     if not bad:
         return f"losses between {float(means.min()):.6g} and {float(means.max()):.6g}"
-    which = "every evaluation, the unperturbed one too" if bad == count else f"{bad} of {count} evaluations"
+    everything = f"every evaluation{', the unperturbed one too' if measured.clean else ''}"
+    which = everything if bad == count else f"{bad} of {count} evaluations"
     return f"non-finite in {which}, for {measured.bad_examples} of {measured.examples} examples"

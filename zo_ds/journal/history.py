@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from zo_ds.errors import CorruptRunError, DataError
 from zo_ds.journal.binary import DamageError, Segment, decode_segments
@@ -75,9 +77,8 @@ class History:
         end = self.end_of(first)
         if end is None or end < last:
             raise self.damage(first if end is None else end)
-        piece = next(piece for piece in self._pieces() if _holds(piece, first) and piece[-1].end_step == end)
         found: list[Stretch] = []
-        for segment in piece:
+        for segment in self._piece(first):
             start = segment.header.first_step
             records = segment.records[max(0, first - start) : max(0, last - start)]
             if records:
@@ -101,6 +102,23 @@ class History:
             skips.insert(0, record.skip)
         return skips
 
+    def before_the_end(self, step: int, count: int, maths: Mapping[str, Any]) -> tuple[list[StepRecord], bool]:
+        """The last records of those that continue the weights before ``step``, back to where the mathematics changed.
+
+        Args:
+            step: where one starts.
+            count: as many at most.
+            maths: theirs, as `Header.maths` gives it.
+
+        Returns:
+            (records in order, False if there are fewer because the journal is damaged).
+        """
+        piece = self._piece(step)
+        same = list(takewhile(lambda segment: segment.header.maths() == maths, reversed(piece)))
+        records = [record for segment in reversed(same) for record in segment.records]
+        found = records[max(0, len(records) - count) :]
+        return found, len(found) == count or len(same) < len(piece) or piece[0].header.first_step == 0
+
     def damage(self, step: int) -> CorruptRunError:
         """What to tell somebody who needs a step that cannot be read."""
         return CorruptRunError(
@@ -112,12 +130,16 @@ class History:
 
     def continuation(self, step: int) -> tuple[Segment, Path, list[Path]]:
         """Where to write on if one starts at the weights before ``step``: segment, its file, files that must go."""
-        end = self.end_of(step)
-        piece = next(piece for piece in self._pieces() if _holds(piece, step) and piece[-1].end_step == end)
+        piece = self._piece(step)
         number = next(n for n, segment in enumerate(self.segments) if segment is piece[-1])
         file = self.files[number]
         later = [*self.files[number + 1 :], *(other for other in self.unreadable if other.name > file.name)]
         return piece[-1], file, later
+
+    def _piece(self, step: int) -> list[Segment]:
+        """Of those that hold a step, the one that reaches furthest."""
+        end = self.end_of(step)
+        return next(piece for piece in self._pieces() if _holds(piece, step) and piece[-1].end_step == end)
 
     def _pieces(self) -> list[list[Segment]]:
         """Runs of segments that continue each other; where two continue the same one, each gives a run."""

@@ -30,6 +30,8 @@ class Header:
         estimator: published name, for the reader's information.
         num_directions: N; coefficient number k of step t belongs to direction k mod N of step t - k div N.
         window: how many steps' directions a record may name.
+        past: what the numbers of earlier steps depend on, where later steps use them; see `zo_ds.engine.past`.
+        lr: the learning rate (``value``) and ``how`` it was found, where the recipe gave no number.
         coefficient_cap: no |coefficient| of the segment is larger.
         base_sha256: digest of the trained weights before step 0, see `stores.base.weights_sha256`.
         base_model: where they come from, for people and for `zo_ds apply`: path, revision, dtype, head, classes.
@@ -56,6 +58,8 @@ class Header:
     first_step: int = 0
     chain: int = 0
     shared: Mapping[str, Any] | None = None
+    past: Mapping[str, Any] | None = None
+    lr: Mapping[str, Any] | None = None
 
     @property
     def slots(self) -> int:
@@ -75,6 +79,7 @@ class Header:
             "num_directions": self.num_directions,
             "window": self.window,
             "coefficient_cap": self.coefficient_cap,
+            "past": None if self.past is None else dict(self.past),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +89,7 @@ class Header:
             **_VERSIONS,
             "zo_ds": self.zo_ds,
             "run_id": self.run_id,
-            **self.maths(),
+            **{key: value for key, value in self.maths().items() if key != "past" or value is not None},
             "base_sha256": self.base_sha256,
             "base_model": dict(self.base_model) if self.base_model is not None else None,
             "parameters": [
@@ -100,6 +105,7 @@ class Header:
             "first_step": self.first_step,
             "chain": self.chain,
             **({"shared": dict(self.shared)} if self.shared is not None else {}),
+            **({"lr": dict(self.lr)} if self.lr is not None else {}),
         }
 
     @staticmethod
@@ -132,7 +138,14 @@ class Header:
             tree["first_step"],
             tree["chain"],
             tree.get("shared"),
+            tree.get("past"),
+            tree.get("lr"),
         )
+        if not (header.past is None or isinstance(header.past, Mapping)):
+            raise ValueError("its entry 'past' is malformed")
+        rate = 1.0 if header.lr is None else header.lr["value"]
+        if not (isinstance(rate, float) and 0 < rate < math.inf):
+            raise ValueError("its entry 'lr' is malformed")
         if (
             not 0 < header.coefficient_cap < math.inf
             or header.num_directions < 1

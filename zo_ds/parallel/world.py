@@ -18,6 +18,9 @@ from zo_ds.parallel.layout import Layout
 
 _NAME_BYTES = 256
 
+_given: dict[str, str | None] = {}
+"""What the launcher had set where DeepSpeed was told something else."""
+
 
 def enter_world(layout: Layout, channel: Channel, timeout_s: float) -> None:
     """Make torch.distributed and DeepSpeed see this rank's replica alone; collective. Does nothing the second time.
@@ -40,6 +43,7 @@ def enter_world(layout: Layout, channel: Channel, timeout_s: float) -> None:
         return
     store = HashStore() if members == 1 else _shared_store(layout, channel, timeout_s)
     # DeepSpeed refuses groups that contradict these; LOCAL_RANK stays, it chooses the device.
+    _given.update({name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")})
     os.environ.update(RANK=str(number), WORLD_SIZE=str(members))
     os.environ.setdefault("LOCAL_RANK", str(channel.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -84,6 +88,21 @@ def _shared_store(layout: Layout, channel: Channel, timeout_s: float) -> Any:
 
 
 def leave_world() -> None:
-    """Tear down DeepSpeed's world; without this a process may abort at exit."""
+    """Tear down DeepSpeed's world: a process may abort at exit without this, and another engine may follow after it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if not _given:
+        return
+    import deepspeed.comm.comm
+    import deepspeed.utils.groups
+
+    # DeepSpeed 0.19 keeps these, and would hand out groups of the world that is gone.
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    for name, value in _given.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _given.clear()
