@@ -23,7 +23,7 @@ import zo_ds
 from zo_ds.config.load import load_config
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.parallel.channel import SoloChannel
-from zo_ds.tasks.scoring import Batch
+from zo_ds.tasks.batch import Batch
 from zo_ds.trainer.environment import describe, use_threads
 from zo_ds.trainer.job import check, encode_units, load, make_sampler, settle
 
@@ -37,13 +37,13 @@ def open_engine(zero: dict[str, Any]) -> tuple[ZOEngine, list[list[Batch]]]:
     config = load_config(Path("configs/quickstart.yaml"))
     config = config.model_copy(update={"deepspeed": {"zero_optimization": zero}})
     plan = check(config, channel)
-    loaded, scorer = load(plan)
-    engine = zo_ds.initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
-    settle(engine, scorer, plan)
-    sampler = make_sampler(config, plan.splits, scorer)
+    loaded, asking = load(plan)
+    engine = zo_ds.initialize(loaded.module, config, loss_fn=asking.loss_fn, channel=channel, weights=loaded.source)
+    settle(engine, asking, plan)
+    sampler = make_sampler(config, plan.task, plan.splits, asking.learner)
     steps = [[plan.splits.train[index] for index in sampler.indices(step)] for step in range(_BATCHES)]
     micro = config.training.micro_batch_size
-    return engine, [encode_units(examples, micro, scorer, engine.grid, engine.device) for examples in steps]
+    return engine, [encode_units(examples, micro, asking.learner, engine.grid, engine.device) for examples in steps]
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from zo_ds.journal.stream import to_bytes
 from zo_ds.maths.update import Term, Update
 from zo_ds.ops.plan import Plan
 from zo_ds.parallel.launched import open_channel
-from zo_ds.tasks.scoring import Batch
+from zo_ds.tasks.batch import Batch
 from zo_ds.trainer.environment import describe, use_threads
 from zo_ds.trainer.job import check, encode_units, load, make_sampler, settle
 
@@ -60,14 +60,14 @@ def open_engine(config_path: Path) -> tuple[ZOEngine, Callable[[int], list[Batch
     config = load_config(config_path)
     channel = open_channel(60.0)
     plan = check(config, channel)
-    loaded, scorer = load(plan)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
-    settle(engine, scorer, plan)
-    sampler = make_sampler(config, plan.splits, scorer)
+    loaded, asking = load(plan)
+    engine = initialize(loaded.module, config, loss_fn=asking.loss_fn, channel=channel, weights=loaded.source)
+    settle(engine, asking, plan)
+    sampler = make_sampler(config, plan.task, plan.splits, asking.learner)
 
     def batch(step: int) -> list[Batch]:
         examples = [plan.splits.train[index] for index in sampler.indices(step)]
-        return encode_units(examples, config.training.micro_batch_size, scorer, engine.grid, engine.device)
+        return encode_units(examples, config.training.micro_batch_size, asking.learner, engine.grid, engine.device)
 
     return engine, batch
 

@@ -107,19 +107,20 @@ class Quickstart:
         self._channel = SoloChannel()
         config = load_config(Path("configs/quickstart.yaml"), [f"zeroth_order.forward={forward}"])
         self._plan = check(config, self._channel)
-        loaded, self.scorer = load(self._plan)
-        self._sampler = make_sampler(config, self._plan.splits, self.scorer)
+        loaded, asking = load(self._plan)
+        self.scorer = asking.learner
+        self._sampler = make_sampler(config, self._plan.task, self._plan.splits, self.scorer)
         self.model = loaded.module
         self.engine = zo_ds.initialize(
-            loaded.module, config, loss_fn=self.scorer.loss, channel=self._channel, weights=loaded.source
+            loaded.module, config, loss_fn=asking.loss_fn, channel=self._channel, weights=loaded.source
         )
         if forward == "batched":
-            settle(self.engine, self.scorer, self._plan)
+            settle(self.engine, asking, self._plan)
 
     def batch(self, step: int) -> tuple[list[Any], dict[str, Tensor]]:
         """A step's units of work, and the same sequences as a padded batch."""
         examples = [self._plan.splits.train[index] for index in self._sampler.indices(step)]
-        padded = pad([self.scorer.prompts.encode(example.text) for example in examples], 0)
+        padded = pad([self.scorer.prompts.encode(example) for example in examples], 0)
         units = encode_units(examples, len(examples), self.scorer, self.engine.grid, DEVICE)
         return units, {key: value.to(DEVICE) for key, value in padded.items()}
 

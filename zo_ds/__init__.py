@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zo_ds.engine.engine import StepOutput, ZOEngine
     from zo_ds.engine.initialize import initialize
     from zo_ds.errors import ZODSError
+    from zo_ds.tasks.reward import reward
 
 __version__ = VERSION
 
@@ -26,9 +27,19 @@ _HOMES = {
     "ZOConfig": "zo_ds.config.schema",
     "ZerothOrderConfig": "zo_ds.config.schema",
     "ZODSError": "zo_ds.errors",
+    "reward": "zo_ds.tasks.reward",
 }
 
-__all__ = ["StepOutput", "ZOConfig", "ZODSError", "ZOEngine", "ZerothOrderConfig", "__version__", "initialize"]
+__all__ = [
+    "StepOutput",
+    "ZOConfig",
+    "ZODSError",
+    "ZOEngine",
+    "ZerothOrderConfig",
+    "__version__",
+    "initialize",
+    "reward",
+]
 
 
 def __getattr__(name: str) -> Any:

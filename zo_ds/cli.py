@@ -27,6 +27,14 @@ class Form(str, Enum):
     JOURNAL = "journal"
 
 
+class Dtype(str, Enum):
+    """What `zo_ds import` rounds weights to."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=100")]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")]
 
@@ -53,23 +61,64 @@ def prepare(config: Annotated[Path, typer.Argument(help="Recipe (YAML).")], over
     """Fetch and convert the model and data of a recipe into the cache, so that training needs no network."""
     _prepare_process()
     from zo_ds.config.load import load_config
-    from zo_ds.data.examples import data_folder
+    from zo_ds.data.read import data_place
     from zo_ds.models.load import model_source
 
     recipe = load_config(config, overrides or [])
     print(f"model: {model_source(recipe.model.path)}")
-    print(f"data:  {data_folder(recipe.data.path)}")
+    print(f"data:  {data_place(recipe.data.path) or recipe.data.path}")
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before a run.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def preview(
+    config: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many.")] = 2,
+) -> None:
+    """Show examples of a recipe's data as the model gets them, and what the loss sees. Nothing is trained."""
+    _prepare_process()
+    from zo_ds.config.load import load_config
+    from zo_ds.trainer.preview import preview as show
+
+    print(show(load_config(config, overrides or []), examples))
+
+
+@app.command()
+def seeds(
+    config: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=2, help="How many seeds, from 0.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs; default runs/NAME-seeds.")] = None,
+    launcher: Annotated[str, typer.Option(help='e.g. "deepspeed --num_gpus 2"; default: one process.')] = "",
+) -> None:
+    """Run a recipe with several seeds (of data and noise), one after the other; prints mean and spread as JSON."""
+    from zo_ds.config.load import load_config
+    from zo_ds.trainer.seeds import run_seeds
+
+    recipe = load_config(config, overrides or [])
+    folder = out or Path("runs") / f"{recipe.name}-seeds"
+    _print_json(run_seeds(config, list(overrides or []), count, folder, launcher))
 
 
 @app.command(name="eval")
-def evaluate(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    lm_eval: Annotated[str, typer.Option(help="Tasks of the lm-eval harness to score too, with commas between.")] = "",
+    limit: Annotated[int | None, typer.Option(help="lm-eval: examples of each task.")] = None,
+    include: Annotated[str | None, typer.Option(help="lm-eval: folder with task files of your own.")] = None,
+) -> None:
     """Score the model that a run kept on its test set; prints JSON."""
     _prepare_process()
     from zo_ds.trainer.report import start_logging
-    from zo_ds.trainer.revisit import evaluate_run
+    from zo_ds.trainer.revisit import Harness, evaluate_run
 
     start_logging(0, stream=sys.stderr)
-    _print_json(evaluate_run(run))
+    tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
+    _print_json(evaluate_run(run, Harness(tasks, limit, include) if tasks else None))
 
 
 @app.command()
@@ -149,6 +198,19 @@ def apply_(
 
     start_logging(0, stream=sys.stderr)
     _print_json(apply_journal(file, model, save))
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder with pytorch_model.bin, or shards of it, and config.json.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the weights to this; default: as they are.")] = None,
+) -> None:
+    """Rewrite a PyTorch .bin checkpoint (a pickle, read without running it) as safetensors; prints JSON."""
+    _prepare_process()
+    from zo_ds.trainer.importing import import_model
+
+    _print_json(import_model(source, target, None if dtype is None else dtype.value))
 
 
 @app.command()

@@ -42,9 +42,9 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "dtype twice": (2, ["deepspeed.bfloat16.enabled=true"], ["deepspeed.bfloat16.enabled", "model.dtype"]),
     "optimizer": (2, ["deepspeed.optimizer.type=Adam"], ["deepspeed.optimizer", "no gradients", "remove it"]),
     "no DeepSpeed file": (2, ["deepspeed=nowhere.json"], ["cannot read the DeepSpeed configuration", "nowhere.json"]),
-    "no data": (3, ["data.path=nowhere"], ["there is no such data folder", "data.path = nowhere"]),
+    "no data": (3, ["data.path=./nowhere"], ["there is no such data folder", "data.path = ./nowhere"]),
     "empty data": (3, ["data.path=empty"], ["the data file is empty", "empty/train.jsonl"]),
-    "one class": (3, ["data.path=one"], ["no training example has the label 'great'", "one/train.jsonl"]),
+    "one class": (3, ["data.path=one"], ["no training example has the label 'great'", "where: one"]),
     "bad row": (3, ["data.path=broken"], ["not JSON", "broken/dev.jsonl:2"]),
 }
 

@@ -65,7 +65,7 @@ FIRST_LIFE = [
     Point(f"{SHARDS}.write_all", after=True, inside=WRITE_SNAPSHOT),
     Point("threading.Event.set", inside=WRITE_SNAPSHOT),
     *around(f"{SNAPSHOT}.write_weights"),
-    *around("zo_ds.trainer.train.write_extras"),
+    *around("zo_ds.trainer.zeroth_order.write_extras"),
     *around("os.replace", inside=WRITE_SNAPSHOT, about="manifest.json"),
     Point(f"{SNAPSHOT}.write_atomically", after=True, about="manifest.json"),
     *around("os.replace", inside=WRITE_SNAPSHOT, about="/snapshots/step-"),
@@ -99,10 +99,10 @@ FIRST_LIFE = [
     Point(f"{RUN_DIR}.RunDir.close"),
 ]
 SECOND_LIFE = [
-    *around("zo_ds.trainer.train._look"),
+    *around("zo_ds.trainer.opening._look"),
     *around(f"{RUN_DIR}.RunDir.explain"),
     *around("os.replace", about="/.state.json"),
-    *around("zo_ds.trainer.train.open_run"),
+    *around("zo_ds.trainer.zeroth_order.open_run"),
     Point("zo_ds.engine.resume.choose_start", after=True),
     Point("zo_ds.engine.resume.folder_files", after=True),
     *around(f"{ENGINE}.went_on"),

@@ -1,4 +1,7 @@
-"""Nothing that zo_ds reads can run code: no unpickling, no torch.load, no remote code, in a whole life of a run."""
+"""Nothing that zo_ds reads can run code: no unpickling, no torch.load, no remote code, in a whole life of a run.
+
+`zo_ds import` alone calls torch.load, and that with its restricted unpickler.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.launch import jobs
 
@@ -46,6 +51,20 @@ def test_a_whole_life_of_a_run_unpickles_nothing(tmp_path: Path) -> None:
     done = jobs.run([sys.executable, "-c", script], tmp_path)
     assert done.code == 0, done.err
     assert done.out.endswith("nothing was unpickled\n")
+
+
+def test_import_reads_pickles_with_the_restricted_unpickler_alone(tmp_path: Path) -> None:
+    folder = jobs.make_model(tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    restricted = "assert kwargs['weights_only'] is True; return loads(*args, **kwargs)"
+    script = WATCHED.replace("torch.load = forbidden", "loads, torch.load = torch.load, forbidden")
+    script = script.replace('raise SystemExit("torch.load was called")', restricted)
+    script = script.replace("ARGUMENTS", repr([["import", "model", "imported"]]))
+    done = jobs.run([sys.executable, "-c", script], tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.endswith("nothing was unpickled\n")
+    assert (tmp_path / "imported" / "model.safetensors").is_file()
 
 
 def test_the_watcher_sees_a_pickle(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_fork_that_was_killed_at_its_beginning_can_be_made_again(zygote: Zygot
     command = ["train", "recipe.yaml", "output.run_dir=run"]
     assert zygote.run(Start(command, tmp_path)) == 0
     fork = [*command, "training.steps=8", "zeroth_order.run_seed=1"]
-    begun = (Point("zo_ds.trainer.train.open_run"), 1)
+    begun = (Point("zo_ds.trainer.zeroth_order.open_run"), 1)
     assert zygote.run(Start([*fork, "resume=fork"], tmp_path, crash=begun)) == -9
     assert zygote.run(Start(fork, tmp_path)) == 2
     assert zygote.run(Start([*fork, "resume=fork"], tmp_path)) == 0

@@ -17,7 +17,8 @@ from zo_ds.maths.estimators import Estimator, EstimatorSpec, probes, verdict
 from zo_ds.parallel.channel import SoloChannel
 from zo_ds.parallel.grid import Grid
 from zo_ds.stores.resident import fill_in_place
-from zo_ds.tasks.scoring import Batch, Scorer
+from zo_ds.tasks.batch import Batch
+from zo_ds.tasks.scorer import Scorer
 from zo_ds.trainer.job import check, encode_units, load, make_sampler
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
@@ -38,9 +39,10 @@ class Real(NamedTuple):
 def real() -> Real:
     config, channel = load_config(RECIPE, ["data.test_examples=8", "data.dev_examples=8"]), SoloChannel()
     plan = check(config, channel)
-    loaded, scorer = load(plan)
+    loaded, asking = load(plan)
+    scorer = asking.learner
     fill_in_place(loaded.module, loaded.source)
-    indices = make_sampler(config, plan.splits, scorer).indices(0)
+    indices = make_sampler(config, plan.task, plan.splits, scorer).indices(0)
     # Sentences of several lengths, so that packing has something to do.
     examples = [*[plan.splits.train[index] for index in indices[:4]], *plan.splits.train[:4]]
     (padded,) = encode_units(examples, 8, scorer, Grid(0, 1, 1), torch.device("cpu"))

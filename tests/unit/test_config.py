@@ -23,19 +23,28 @@ MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train
 KEYS = """
 name
 resume
-model model.path model.revision model.dtype model.head
-data data.path data.text_field data.label_field data.max_length data.train_examples data.dev_examples
-data.test_examples data.balanced data.group_by_length data.seed
-task task.name task.template task.label_words
-zeroth_order zeroth_order.estimator zeroth_order.num_directions zeroth_order.eps zeroth_order.lr
-zeroth_order.lr_schedule zeroth_order.eps_schedule zeroth_order.warmup_steps zeroth_order.final_ratio
-zeroth_order.total_steps zeroth_order.weight_decay zeroth_order.noise zeroth_order.forward
-zeroth_order.replicas_per_pass zeroth_order.activation_budget_mib zeroth_order.strict zeroth_order.spread_std
-zeroth_order.spread_floor zeroth_order.coefficient_cap zeroth_order.max_consecutive_skips zeroth_order.run_seed
+model model.path model.revision model.gguf model.dtype model.head
+peft peft.method peft.r peft.alpha peft.target_modules peft.virtual_tokens peft.start peft.start_text peft.seed
+peft.path
+data data.path data.subset data.revision data.splits data.shots data.text_field data.label_field data.max_length
+data.train_examples data.dev_examples data.test_examples data.balanced data.group_by_length data.seed
+task task.name task.template task.label_words task.objective task.reward task.length_normalised task.calibrated
+task.max_new_tokens
+method
+zeroth_order zeroth_order.estimator zeroth_order.num_directions zeroth_order.baseline zeroth_order.momentum
+zeroth_order.momentum_window zeroth_order.eps zeroth_order.lr zeroth_order.lr_schedule zeroth_order.eps_schedule
+zeroth_order.warmup_steps zeroth_order.final_ratio zeroth_order.total_steps zeroth_order.weight_decay
+zeroth_order.noise zeroth_order.forward zeroth_order.replicas_per_pass zeroth_order.activation_budget_mib
+zeroth_order.strict zeroth_order.spread_std zeroth_order.spread_floor zeroth_order.coefficient_cap
+zeroth_order.max_consecutive_skips zeroth_order.run_seed
+first_order first_order.optimizer first_order.lr first_order.weight_decay first_order.betas first_order.eps
+first_order.momentum first_order.lr_schedule first_order.warmup_steps first_order.final_ratio
+first_order.max_grad_norm first_order.max_consecutive_skips
+in_context in_context.shots
 training training.steps training.batch_size training.micro_batch_size training.eval_every training.best_by
-training.eval_batch_size
-parallel parallel.layout parallel.shard_size parallel.population parallel.data
-parallel.gpu_budget_gib parallel.channel parallel.threads parallel.timeout_s parallel.hang_s
+training.patience training.eval_batch_size
+parallel parallel.layout parallel.shard_size parallel.population parallel.data parallel.gpu_budget_gib
+parallel.channel parallel.threads parallel.timeout_s parallel.hang_s
 journal journal.sync_every journal.hash_every journal.snapshot_replay_s journal.keep_snapshots journal.audit_every
 output output.run_dir output.tensorboard output.save_model
 deepspeed
@@ -101,7 +110,7 @@ def test_defaults(tmp_path: Path) -> None:
     zeroth_order = config.zeroth_order
     assert zeroth_order == ZerothOrderConfig()
     assert zeroth_order.estimator_spec == EstimatorSpec(Estimator.FZOO, 8, SpreadStd.SAMPLE, 1e-8, 1.0)
-    assert (zeroth_order.eps, zeroth_order.lr, zeroth_order.weight_decay, zeroth_order.run_seed) == (1e-3, 1e-4, 0, 0)
+    assert (zeroth_order.eps, zeroth_order.lr, zeroth_order.weight_decay, zeroth_order.run_seed) == (1e-3, "rule", 0, 0)
     assert (zeroth_order.noise, zeroth_order.lr_schedule) == (NoiseStructure.DENSE, Schedule.CONSTANT)
 
 
@@ -184,8 +193,26 @@ def test_missing_section(tmp_path: Path, section: str) -> None:
     [
         ("zeroth_order.num_directions=3", ["num_directions is 3", "use 4 or more", "estimator: mezo"]),
         ("zeroth_order.num_directions=0", ["'zeroth_order.num_directions'", "(got 0)"]),
-        ("zeroth_order.estimator=fzo", ["'zeroth_order.estimator'", "'fzoo', 'mezo' or 'zo_sgd'", "(got 'fzo')"]),
+        ("zeroth_order.estimator=fzo", ["'zeroth_order.estimator'", "'fzoo', 'fzoo_r', 'mezo'", "(got 'fzo')"]),
         *[(f"zeroth_order.{key}={v}", [f"'zeroth_order.{key}'"]) for key in ("eps", "lr") for v in (0, -1e-3, ".nan")],
+        *[
+            (f"zeroth_order={{estimator: {name}, num_directions: {n}, baseline: {baseline}}}", parts)
+            for name, n, baseline, parts in (
+                ("fzoo_r", 2, "clean", ["num_directions is 2", "the N of the step before; use 3 or more"]),
+                ("zo_sgd_cons", 8, "clean", ["num_directions is 8", "set num_directions: 1"]),
+                ("zo_sgd", 1, "mean", ["num_directions is 1", "compares each loss with the others; use 2 or more"]),
+                ("mezo", 8, "mean", ["baseline is mean: mezo compares two sides", "fzoo, fzoo_r, zo_sgd"]),
+                ("zo_sgd_sign", 8, "mean", ["baseline is mean: zo_sgd_sign compares two sides"]),
+                ("zo_sgd_cons", 1, "mean", ["baseline is mean: zo_sgd_cons compares two sides"]),
+            )
+        ],
+        ("zeroth_order.baseline=l0", ["'zeroth_order.baseline'", "'clean' or 'mean'", "(got 'l0')"]),
+        *[(f"zeroth_order.momentum={value}", ["'zeroth_order.momentum'"]) for value in (-0.1, 1, ".nan")],
+        ("zeroth_order.momentum_window=1", ["'zeroth_order.momentum_window'", "(got 1)"]),
+        (
+            "zeroth_order={num_directions: 256, momentum: 0.9, momentum_window: 256}",
+            ["is 65536", "room for 65535 coefficients"],
+        ),
         ("zeroth_order.eps=.inf", ["'zeroth_order.eps'", "(got inf)"]),
         ("zeroth_order.eps=small", ["'zeroth_order.eps'", "(got 'small')"]),
         ("zeroth_order.weight_decay=1", ["'zeroth_order.weight_decay'"]),
@@ -211,8 +238,15 @@ def test_eps_may_not_decay_to_zero(tmp_path: Path) -> None:
     load_config(recipe(tmp_path), ["zeroth_order.lr_schedule=linear", "zeroth_order.final_ratio=0"])
 
 
+def test_a_window_counts_only_with_momentum() -> None:
+    assert ZerothOrderConfig().window == ZerothOrderConfig(momentum_window=8).window == 1
+    assert ZerothOrderConfig(momentum=0.9).window == 16
+    assert ZerothOrderConfig(momentum=0.5, momentum_window=2).window == 2
+    assert ZerothOrderConfig(num_directions=2**16 - 1).window == 1
+
+
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("estimator", ["mezo", "zo_sgd"])
+@pytest.mark.parametrize("estimator", ["mezo", "zo_sgd", "zo_sgd_sign"])
 def test_few_directions_are_fine_without_normalisation(estimator: str, n: int) -> None:
     config = validate(ZerothOrderConfig, {"estimator": estimator, "num_directions": n}, where="here")
     assert config.estimator_spec.num_directions == n

@@ -1,149 +1,52 @@
-"""Rows from JSON lines, with every complaint about them; batches as a pure function of (seed, step)."""
+"""Rows and what is in them, with every complaint about one; batches as a pure function of (seed, step)."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zo_ds.config.schema import DataConfig
 from zo_ds.data.batches import POOL, BatchSampler
-from zo_ds.data.examples import Example, load_splits
+from zo_ds.data.examples import Example, Splits, examples_sha256
+from zo_ds.data.rows import Row
 from zo_ds.errors import ConfigError, DataError
+from zo_ds.tasks.registry import reader
 
 WORDS = ("terrible", "great")
-ROWS: list[Any] = [{"text": "bad film", "label": 0}, {"text": "good film", "label": 1}, {"text": "dull", "label": 0}]
+WHERE = "train.jsonl:7"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for split in ("train", "dev", "test"):
-        write(tmp_path, split, ROWS)
-    return tmp_path
-
-
-def write(folder: Path, split: str, rows: list[Any]) -> None:
-    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-
-
-def config(folder: Path, **settings: Any) -> DataConfig:
-    return DataConfig(path=str(folder), **settings)
-
-
-def refused(folder: Path, **settings: Any) -> DataError:
+def refused(line: str, ask: Callable[[Row], Any]) -> DataError:
     with pytest.raises(DataError) as caught:
-        load_splits(config(folder, **settings), WORDS)
+        ask(Row(json.loads(line), WHERE))
+    assert caught.value.where == WHERE
+    assert caught.value.exit_code == 3
     return caught.value
 
 
-def test_rows_in_their_order(folder: Path) -> None:
-    write(folder, "dev", ROWS[1:])
-    splits = load_splits(config(folder), WORDS)
-    assert splits.train == [Example("bad film", 0), Example("good film", 1), Example("dull", 0)]
-    assert splits.dev == splits.train[1:]
-    assert splits.test == splits.train
-
-
-def test_labels_by_word_and_fields_by_name(folder: Path) -> None:
-    rows = [{"sentence": "a", "y": "great", "other": 5}, {"sentence": "b", "y": "terrible"}, {"sentence": "c", "y": 1}]
-    for split in ("train", "dev", "test"):
-        write(folder, split, rows)
-    splits = load_splits(config(folder, text_field="sentence", label_field="y"), WORDS)
-    assert splits.train == [Example("a", 1), Example("b", 0), Example("c", 1)]
-
-
-def test_limits_take_the_first_rows(folder: Path) -> None:
-    splits = load_splits(config(folder, train_examples=2, dev_examples=1, test_examples=99), WORDS)
-    assert [len(rows) for rows in (splits.train, splits.dev, splits.test)] == [2, 1, 3]
-    assert splits.train == [Example("bad film", 0), Example("good film", 1)]
-
-
-def test_a_limit_that_leaves_one_class_is_refused(folder: Path) -> None:
-    error = refused(folder, train_examples=1)
-    assert "'great'" in error.what
-    assert "data.train_examples" in error.remedy
-
-
-def test_blank_lines_count_as_lines_but_are_no_rows(folder: Path) -> None:
-    good = "\n".join(map(json.dumps, ROWS))
-    (folder / "train.jsonl").write_text(f"\n  \n{good}\n\n")
-    assert len(load_splits(config(folder), WORDS).train) == 3
-    (folder / "train.jsonl").write_text(f"\n  \n{good}\n\nnonsense\n")
-    assert refused(folder).where.endswith("train.jsonl:7")
-
-
-def test_windows_line_ends(folder: Path) -> None:
-    (folder / "train.jsonl").write_bytes("\r\n".join(map(json.dumps, ROWS)).encode())
-    assert len(load_splits(config(folder), WORDS).train) == 3
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_a_line_separator_of_unicode_may_stand_in_a_text(folder: Path, separator: str) -> None:
-    """JSON lines end at a newline only; `ensure_ascii=False` writes these characters as they are."""
-    row = {"text": f"one{separator}two", "label": 0}
-    lines = [json.dumps(row, ensure_ascii=False), *map(json.dumps, ROWS)]
-    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert load_splits(config(folder), WORDS).train[0] == Example(row["text"], 0)
-
-
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_missing_and_empty_files(folder: Path, split: str) -> None:
-    path = folder / f"{split}.jsonl"
-    path.write_text("\n \n")
-    error = refused(folder)
-    assert (error.where, error.exit_code) == (str(path), 3)
-    assert "empty" in error.what
-    path.unlink()
-    error = refused(folder)
-    assert error.where == str(path)
-    assert "No such file" in error.what
-
-
-def test_missing_folder_names_the_setting(tmp_path: Path) -> None:
-    error = refused(tmp_path / "nowhere")
-    assert error.where == f"data.path = {tmp_path / 'nowhere'}"
-    (tmp_path / "file").write_text("x")
-    assert "no such data folder" in refused(tmp_path / "file").what
-
-
-def test_unknown_catalogue_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="vader-movie"):
-        load_splits(DataConfig(path="catalog:vader-movies"), WORDS)
-
-
-def test_one_class(folder: Path) -> None:
-    write(folder, "train", [ROWS[0], ROWS[2]])
-    error = refused(folder)
-    assert "'great'" in error.what
-    assert "'terrible'" not in error.what
-    assert "2 rows" in error.why
+# Rows
 
 
 @pytest.mark.parametrize(
     ("line", "part", "mention"),
     [
-        ("{'text': 1}", "what", "not JSON"),
-        ('{"text": "cut off', "what", "not JSON"),
         ('{"label": 0, "sentence": "x"}', "remedy", "data.text_field"),
         ('{"label": 0, "sentence": "x"}', "why", "label, sentence"),
         ('{"text": "x", "stars": 5}', "remedy", "data.label_field"),
-        ("[1, 2]", "why", "list"),
-        ('"text and label"', "why", "str"),
-        ("null", "why", "NoneType"),
+        ("{}", "why", "it has: "),
         ('{"text": "", "label": 0}', "what", "'text' is not a text"),
         ('{"text": " \\n", "label": 0}', "what", "'text' is not a text"),
         ('{"text": null, "label": 0}', "why", "None"),
         ('{"text": ["x"], "label": 0}', "why", "['x']"),
+        ('{"text": "half a pair \\ud83c", "label": 0}', "what", "'text' is not a text"),
         ('{"text": "x", "label": 2}', "why", "0..1"),
         ('{"text": "x", "label": -1}', "what", "-1"),
-        ('{"text": "x", "label": true}', "what", "True"),
+        ('{"text": "x", "label": -1}', "why", "use another split"),
         ('{"text": "x", "label": 1.0}', "what", "1.0"),
         ('{"text": "x", "label": "1"}', "what", "'1'"),
         ('{"text": "x", "label": "Great"}', "why", "terrible, great"),
@@ -151,20 +54,61 @@ def test_one_class(folder: Path) -> None:
         ('{"text": "x", "label": [0]}', "what", "[0]"),
     ],
 )
-def test_a_bad_row_is_named_with_its_line(folder: Path, line: str, part: str, mention: str) -> None:
-    path = folder / "dev.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
-    error = refused(folder)
-    assert error.where == f"{path}:2"
-    assert mention in getattr(error, part)
+def test_a_bad_row_is_named(line: str, part: str, mention: str) -> None:
+    assert mention in getattr(refused(line, reader("{text} It was", WORDS)), part)
 
 
-def test_not_utf8(folder: Path) -> None:
-    path = folder / "test.jsonl"
-    path.write_bytes('{"text": "caf\xe9", "label": 0}'.encode("latin-1"))
-    error = refused(folder)
-    assert error.where == str(path)
-    assert "UTF-8" in error.remedy
+def test_labels_by_word_by_number_and_as_truth() -> None:
+    labels = ("great", "terrible", 1, 0, True, False)
+    assert [Row({"y": label}, WHERE).label("y", WORDS) for label in labels] == [1, 0, 1, 0, 1, 0]
+    assert Row({"y": 2}, WHERE).label("y", ("a", "b", "c")) == 2
+    # Truth is one of two.
+    assert "True" in refused('{"y": true}', lambda row: row.label("y", ("a", "b", "c"))).what
+
+
+def test_a_dot_leads_into_an_object_or_belongs_to_a_name() -> None:
+    row = Row({"answers": {"text": ["x"], "n": {"m": "deep"}}, "a.b": "whole", "a": {"b": "part"}}, WHERE)
+    assert (row.texts("answers.text"), row.text("answers.n.m"), row.text("a.b")) == (("x",), "deep", "whole")
+    assert "it has: text, n" in refused('{"answers": {"text": 1, "n": 2}}', lambda row: row.value("answers.m")).why
+    assert "it has: list" in refused('{"answers": []}', lambda row: row.value("answers.text")).why
+
+
+def test_has_means_that_there_is_something() -> None:
+    row = Row({"none": None, "empty": ""}, WHERE)
+    assert (row.has("none"), row.has("empty"), row.has("nothing")) == (False, True, False)
+
+
+def test_a_text_may_be_empty_where_that_is_asked_for() -> None:
+    assert Row({"prompt": ""}, WHERE).text("prompt", empty=True) == ""
+    assert "'prompt'" in refused('{"prompt": 3}', lambda row: row.text("prompt", empty=True)).what
+
+
+@pytest.mark.parametrize("line", ['{"x": []}', '{"x": "text"}', '{"x": null}', '{"x": ["a", 1]}', '{"x": ["\\ud800"]}'])
+def test_what_is_no_list_of_texts(line: str) -> None:
+    assert "'x'" in refused(line, lambda row: row.texts("x")).what
+
+
+# Examples
+
+
+def test_a_hash_of_examples_is_one_of_what_they_say() -> None:
+    examples = [Example("a", 0, after=" It was", where="x:1"), Example("b", 1, messages=(("user", "x"),))]
+    elsewhere = [Example("a", 0, after=" It was", where="y:9"), examples[1]]
+    assert examples_sha256(examples) == examples_sha256(elsewhere)
+    others = [
+        examples[::-1],
+        examples[:1],
+        [Example("a", 1, after=" It was"), examples[1]],
+        [Example("a", 0, after=" It is"), examples[1]],
+        [examples[0], Example("b", 1, messages=(("user", "y"),))],
+    ]
+    assert len({examples_sha256(each) for each in [examples, *others]}) == 6
+
+
+def test_a_prompt_and_all_splits() -> None:
+    one, two, three = (Example(text, before="<", after=">") for text in "abc")
+    assert one.prompt == "<a>"
+    assert Splits([one], [two], [three]).all() == [one, two, three]
 
 
 # Batches

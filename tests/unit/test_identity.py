@@ -16,12 +16,16 @@ LEAVES = [key for key in all_keys(ZOConfig) if not any(other.startswith(f"{key}.
 TREE = CONFIG.model_dump(mode="json")
 MATHEMATICS = """
 model.revision model.dtype model.head
-data.text_field data.label_field data.max_length data.train_examples data.balanced data.group_by_length data.seed
-task.name task.template task.label_words
-zeroth_order.estimator zeroth_order.num_directions zeroth_order.eps zeroth_order.lr zeroth_order.lr_schedule
-zeroth_order.eps_schedule zeroth_order.warmup_steps zeroth_order.final_ratio zeroth_order.total_steps
-zeroth_order.weight_decay zeroth_order.noise zeroth_order.spread_std zeroth_order.spread_floor
-zeroth_order.coefficient_cap zeroth_order.run_seed
+peft.method peft.r peft.alpha peft.target_modules peft.virtual_tokens peft.start peft.start_text peft.seed
+data.splits data.shots data.text_field data.label_field data.max_length data.train_examples data.balanced
+data.group_by_length data.seed
+task.name task.template task.label_words task.objective task.reward task.length_normalised task.max_new_tokens
+method
+zeroth_order.estimator zeroth_order.num_directions zeroth_order.baseline zeroth_order.momentum
+zeroth_order.momentum_window zeroth_order.eps zeroth_order.lr zeroth_order.lr_schedule zeroth_order.eps_schedule
+zeroth_order.warmup_steps zeroth_order.final_ratio zeroth_order.total_steps zeroth_order.weight_decay
+zeroth_order.noise zeroth_order.spread_std zeroth_order.spread_floor zeroth_order.coefficient_cap
+zeroth_order.run_seed
 training.batch_size
 """
 

@@ -9,7 +9,7 @@ import pytest
 
 import zo_ds
 
-NAMES = ["StepOutput", "ZOConfig", "ZODSError", "ZOEngine", "ZerothOrderConfig", "__version__", "initialize"]
+NAMES = ["StepOutput", "ZOConfig", "ZODSError", "ZOEngine", "ZerothOrderConfig", "__version__", "initialize", "reward"]
 
 
 def test_names_are_frozen() -> None:

@@ -11,20 +11,30 @@ FREE = (
     "name",
     "resume",
     "model.path",
+    "model.gguf",
+    "peft.path",
     "data.path",
+    "data.subset",
+    "data.revision",
     "data.dev_examples",
     "data.test_examples",
     "zeroth_order.max_consecutive_skips",
     "training.steps",
     "training.eval_every",
     "training.best_by",
+    "training.patience",
     "training.eval_batch_size",
+    "first_order",
+    "in_context",
+    "task.calibrated",
     "parallel",
     "journal",
     "output",
 )
 """Keys and sections that may change: they only say where, how long, or how it is watched. (The model and the training
 examples themselves are compared by digest, so their folders may move.)"""
+FREE_OF_RESULT = ("name", "resume", "parallel", "journal", "output")
+"""The same of a run that is over and has no journal: another length or optimizer gives another result."""
 ROUNDING = (
     "deepspeed",
     "training.micro_batch_size",
@@ -48,8 +58,15 @@ class Difference(NamedTuple):
         return f"{self.key}: {self.old} -> {self.new}"
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Difference], list[Difference]]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = FREE
+) -> tuple[list[Difference], list[Difference]]:
     """What changed between two resolved recipes (plain data).
+
+    Args:
+        old: of the run that is there.
+        new: what is asked for.
+        free: keys and sections that may change.
 
     Returns:
         (changes of the mathematics, changes that only affect rounding).
@@ -61,7 +78,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Di
     changed = [
         Difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _in(key, FREE)
+        if before.get(key) != after.get(key) and not _in(key, free)
     ]
     return [d for d in changed if not _in(d.key, ROUNDING)], [d for d in changed if _in(d.key, ROUNDING)]
 

@@ -1,16 +1,20 @@
-"""Accuracy and loss of the current weights, shared out over ranks, the same result on all of them."""
+"""What the current weights score on some examples, shared out over ranks, the same result on all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_ds.data.examples import Example
 from zo_ds.parallel.channel import Channel
-from zo_ds.tasks.scoring import Batch, Scorer
+from zo_ds.tasks.scorer import Scorer
+
+LOSS = "loss"
 
 
 @dataclass(frozen=True)
@@ -18,25 +22,48 @@ class Evaluation:
     """A model's score on some examples.
 
     Attributes:
-        accuracy: share of examples whose best class is right, 0..1.
-        loss: mean cross-entropy.
+        metric: name of the value that counts: accuracy, f1, reward (more is better) or loss (less is).
+        values: means over the examples by name; the loss is always there.
         examples: how many.
     """
 
-    accuracy: float
-    loss: float
+    metric: str
+    values: Mapping[str, float]
     examples: int
 
+    @property
+    def score(self) -> float:
+        """The value that counts."""
+        return self.values[self.metric]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.values[LOSS]
+
     def better_than(self, other: Evaluation | None, by: str) -> bool:
-        """Whether this is the better score by ``"loss"`` or by ``"accuracy"``; the other one decides between equals."""
+        """Whether this is the better one by ``"loss"`` or by ``"metric"``; the other one decides between equals."""
         if other is None:
             return True
-        mine, theirs = (-self.loss, self.accuracy), (-other.loss, other.accuracy)
-        return mine > theirs if by == "loss" else mine[::-1] > theirs[::-1]
+        mine, theirs = self._rank(), other._rank()
+        return mine > theirs if by == LOSS else mine[::-1] > theirs[::-1]
+
+    def _rank(self) -> tuple[float, float]:
+        loss, score = (-math.inf if math.isnan(value) else value for value in (-self.loss, self.score))
+        return loss, loss if self.metric == LOSS else score
+
+    def __str__(self) -> str:
+        """For a log line."""
+        named = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.values.items())
+        return f"{named} ({self.examples} examples)"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
 
 
 def evaluate(
-    score: Callable[[Callable[[nn.Module, Batch], Tensor], Batch], Tensor],
+    call: Callable[[Callable[[nn.Module, Any], Tensor], Any], Tensor],
     scorer: Scorer,
     examples: Sequence[Example],
     batch_size: int,
@@ -50,8 +77,8 @@ def evaluate(
     Sorted by length into batches, so that little is spent on padding; batch number b is scored by rank b mod ranks.
 
     Args:
-        score: runs a function of (model, batch) without gradients, e.g. `ZOEngine.call`.
-        scorer: gives class scores.
+        call: runs a function of (model, batch) without gradients, e.g. `ZOEngine.call`.
+        scorer: encodes and grades.
         examples: one or more.
         batch_size: examples in one forward pass.
         channel: to the other ranks.
@@ -60,22 +87,15 @@ def evaluate(
     """
     order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    found = torch.zeros(len(examples), 2, dtype=torch.float64)
+    found = torch.zeros(len(examples), len(scorer.columns), dtype=torch.float64)
     rounds = -(-len(batches) // channel.world_size) * channel.world_size
     for number in range(channel.rank, rounds if lockstep else len(batches), channel.world_size):
         rows = batches[min(number, len(batches) - 1)]
         batch = scorer.encode([examples[index] for index in rows]).to(device or torch.device("cpu"))
-        graded = score(lambda model, inputs: _graded(scorer, model, inputs), batch)
+        graded = call(scorer.grade, batch)
         if number < len(batches):
             found[rows] = graded
     # Every row is written by one rank and zero on the others.
     total = torch.stack(channel.all_gather(found)).sum(0)
-    right, loss = (float(value) for value in total.mean(0))
-    return Evaluation(right, loss, len(examples))
-
-
-def _graded(scorer: Scorer, model: nn.Module, batch: Batch) -> Tensor:
-    scores = scorer.scores(model, batch)
-    right = scores.argmax(-1) == batch.labels
-    loss = nn.functional.cross_entropy(scores, batch.labels, reduction="none")
-    return torch.stack((right.double(), loss.double()), dim=1).cpu()
+    means = (float(value) for value in total.mean(0))
+    return Evaluation(scorer.columns[0], dict(zip(scorer.columns, means, strict=True)), len(examples))

@@ -52,18 +52,19 @@ class Layout:
     places: list[tuple[int, int, int]]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Layout:
+def padded(rows: Sequence[Sequence[int]], pad_id: int, *, grouped: bool = True) -> Layout:
     """Rows of token ids padded on the right, in groups of like length.
 
     Args:
         rows: token ids.
         pad_id: any token; it is masked.
+        grouped: in as many calls as cost least, else in one.
     """
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))
     lengths = [len(rows[number]) for number in order]
     parts: list[Part] = []
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(rows)
-    for start, stop in _groups(lengths):
+    for start, stop in _groups(lengths) if grouped else [(0, len(rows))]:
         # A single group keeps the order that it was given.
         members = order[start:stop] if stop - start < len(rows) else list(range(len(rows)))
         for row, number in enumerate(members):

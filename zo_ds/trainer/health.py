@@ -73,7 +73,7 @@ class Guard:
         """
         self.progress()
         if self.stop_requested:
-            raise StoppedError("stopped, as asked", remedy="the same command goes on from the last step")
+            raise StoppedError("stopped, as asked", remedy="the same command goes on, from the journal if there is one")
 
     @contextmanager
     def patience(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from zo_ds.planning.budget import plan as plan_step
 from zo_ds.planning.hardware import measure
 from zo_ds.planning.placement import Placement
 from zo_ds.planning.shapes import ModelShapes
-from zo_ds.tasks.scoring import Scorer
+from zo_ds.tasks.scorer import Scorer
 from zo_ds.trainer.job import Plan
 from zo_ds.trainer.report import log
 

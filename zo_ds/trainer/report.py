@@ -15,7 +15,7 @@ from typing import IO, Any, TextIO
 import torch
 
 from zo_ds.engine.engine import StepOutput
-from zo_ds.evaluation.accuracy import Evaluation
+from zo_ds.evaluation.evaluate import Evaluation
 from zo_ds.files import write_atomically
 from zo_ds.journal.records import StepRecord
 from zo_ds.trainer.environment import memory_gib
@@ -113,7 +113,7 @@ class Progress:
         values: dict[str, float] = {
             "loss": out.clean_loss,
             "spread": out.spread,
-            "coefficient_rms": float(out.coefficients.square().mean().sqrt()),
+            **({"coefficient_rms": float(out.coefficients.square().mean().sqrt())} if out.coefficients.numel() else {}),
             "lr": out.lr,
             "eps": out.eps,
             "forwards_per_s": out.forwards / out.seconds,
@@ -155,7 +155,7 @@ class Progress:
 
     def evaluation(self, step: int, split: str, found: Evaluation) -> None:
         """Put a score after `step` updates into the metrics."""
-        self._emit(split, step, {"accuracy": found.accuracy, "loss": found.loss})
+        self._emit(split, step, dict(found.values))
 
     def _eta(self, done: int) -> float:
         recent = sorted(self._seconds[-20:])
@@ -188,7 +188,8 @@ def _drop_rows(file: Path, steps_done: int) -> set[int]:
             row = json.loads(line)
         except ValueError:
             continue  # a row that a killed process was writing
-        if row["step"] <= steps_done:
+        # Whoever begins reports the zero-shot score again.
+        if row["step"] <= steps_done and (steps_done or row["kind"] != "test"):
             kept.append(line + "\n")
             reported |= {row["step"]} if row["kind"] == "train" else set()
     write_atomically(file, "".join(kept))

@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from zo_ds.config.load import load_config
-from zo_ds.config.schema import ModelConfig
+from zo_ds.config.schema import ModelConfig, PeftConfig
 from zo_ds.engine.export import save_pretrained
 from zo_ds.engine.initialize import initialize
 from zo_ds.engine.resume import JOURNAL, SNAPSHOTS
 from zo_ds.errors import ConfigError, CorruptRunError
-from zo_ds.evaluation.accuracy import evaluate
+from zo_ds.evaluation.evaluate import evaluate
 from zo_ds.journal.history import History, read_journal
 from zo_ds.journal.recovery import Start, choose_start
 from zo_ds.journal.replay import Replayed, replay_
 from zo_ds.journal.snapshot import committed, verify
-from zo_ds.models.load import LoadedModel, load_model
+from zo_ds.models.adapters import load_adapted
+from zo_ds.models.harness import lm_eval_scores
+from zo_ds.models.load import LoadedModel
 from zo_ds.parallel.launched import open_channel
 from zo_ds.stores.base import trainable_parameters
 from zo_ds.stores.resident import ResidentStore, fill_in_place
+from zo_ds.tasks.registry import resolve_task
 from zo_ds.tensor_files import folder_files
 from zo_ds.trainer.environment import use_threads
 from zo_ds.trainer.job import check, load, settle
 from zo_ds.trainer.report import clock, log
 from zo_ds.trainer.run_dir import read_result
+from zo_ds.trainer.start import read_start, source_of_start
 
 _SHOW_EVERY_S = 2.0
 
 
-def evaluate_run(run: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Harness:
+    """What to score with the lm-eval harness.
+
+    Attributes:
+        tasks: by the harness's names.
+        limit: examples of each; None: all.
+        include: folder with further task files.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    include: str | None
+
+
+def evaluate_run(run: Path, harness: Harness | None = None) -> dict[str, Any]:
     """Score the model a run kept on its test set.
 
+    Args:
+        run: its directory.
+        harness: what to score beside that.
+
     Returns:
-        accuracy, loss, test_examples, weights_sha256.
+        the metrics of the task, loss, test_examples, weights_sha256; lm_eval.
 
     Raises:
         DataError: the directory is no run, or holds no model.
@@ -47,19 +73,33 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     channel = open_channel(config.parallel.timeout_s, config.parallel.channel)
     use_threads(config.parallel.threads, channel.local_world_size)
     plan = check(config, channel)
-    loaded, scorer = load(plan)
-    engine = initialize(loaded.module, config, loss_fn=scorer.loss, channel=channel, weights=loaded.source)
-    settle(engine, scorer, plan)
+    loaded, asking = load(plan)
+    engine = initialize(loaded.module, config, loss_fn=asking.loss_fn, channel=channel, weights=loaded.source)
+    settle(engine, asking, plan)
     engine.load_weights(weights.read)
     batch_size = config.training.eval_batch_size
     lockstep = engine.layout.lockstep
-    found = evaluate(engine.call, scorer, plan.splits.test, batch_size, channel, engine.device, lockstep=lockstep)
-    result = {
-        "accuracy": found.accuracy,
-        "loss": found.loss,
+    found = evaluate(engine.call, asking.judge, plan.splits.test, batch_size, channel, engine.device, lockstep=lockstep)
+    result: dict[str, Any] = {
+        **found.values,
         "test_examples": found.examples,
         "weights_sha256": engine.digest(),
     }
+    if harness is not None:
+        device = str(engine.device)
+
+        def score(model: torch.nn.Module, _: None) -> dict[str, dict[str, float]]:
+            return lm_eval_scores(
+                model,
+                loaded.tokenizer,
+                harness.tasks,
+                device,
+                limit=harness.limit,
+                batch_size=batch_size,
+                include=harness.include,
+            )
+
+        result["lm_eval"] = engine.call(score, None)
     engine.close()
     return result
 
@@ -81,10 +121,12 @@ class Rebuilt:
 
 def rebuild(
     config: ModelConfig,
+    peft: PeftConfig,
     classes: int,
     history: History,
     steps: int,
     *,
+    begun: Mapping[str, Tensor] | None = None,
     start: Start | None = None,
     hash_at: Collection[int] = (),
 ) -> Rebuilt:
@@ -92,25 +134,31 @@ def rebuild(
 
     Args:
         config: of the base model.
+        peft: of the adapter.
         classes: of the task.
         history: the journal.
         steps: how many.
+        begun: first weights that the base model does not give, see `read_start`.
         start: where from, the base weights if None.
         hash_at: steps before which the weights are hashed.
 
     Raises:
-        ZODSError: see `replay_` and `load_model`.
+        ZODSError: see `replay_` and `load_adapted`.
     """
-    loaded = load_model(config, classes)
-    first, source = 0, loaded.source
-    if start is not None and start.snapshot is not None:
-        first, source = start.step, folder_files(start.snapshot).read
+    loaded, first = load_adapted(config, peft, classes), 0
     fill_in_place(loaded.module, None)
     parameters = trainable_parameters(loaded.module)
     for parameter in parameters:
         parameter.data = parameter.data.contiguous()
-    if source is not None:
-        ResidentStore(loaded.module, parameters, history.header.noise).fill(source)
+    store = ResidentStore(loaded.module, parameters, history.header.noise)
+    snapshot = None if start is None else start.snapshot
+    if loaded.source is not None and (snapshot is None or store.partial):
+        store.fill(loaded.source)
+    if begun is not None:
+        store.fill(source_of_start(begun), frozen=False)
+    if start is not None and snapshot is not None:
+        first = start.step
+        store.fill(folder_files(snapshot).read, frozen=False)
     tensors = {info.name: parameter.data for parameter, info in parameters.items()}
     meter = _Meter({info.name: info.numel for info in parameters.values()}, history, first, steps)
     log.info("%s", f"replaying {steps - first} steps on {len(parameters)} parameters of {config.path}")
@@ -152,7 +200,8 @@ def replay_run(run: Path, steps: int | None, save_to: Path | None) -> dict[str, 
         start = choose_start(history, run / SNAPSHOTS, lambda text: log.warning("%s", text), last=steps, move=False)
         if start.end < steps:
             raise history.damage(start.end)
-    built = rebuild(config.model, len(config.task.label_words or ()), history, steps, start=start)
+    classes = resolve_task(config.task, config.data).classes
+    built = rebuild(config.model, config.peft, classes, history, steps, begun=read_start(run), start=start)
     digest = built.replayed.weights_sha256
     matches = digest == result["weights_sha256"] if result is not None and steps == kept else None
     if matches is False:
@@ -203,9 +252,8 @@ def audit_run(run: Path) -> dict[str, Any]:
         except CorruptRunError as error:
             problems.append(f"{error.where}: {error.why}")
     within = {info.step for info in saved.values() if info.step <= len(records)}
-    built = rebuild(
-        config.model, len(config.task.label_words or ()), history, len(records), hash_at=taken.keys() | within
-    )
+    classes, hash_at = resolve_task(config.task, config.data).classes, taken.keys() | within
+    built = rebuild(config.model, config.peft, classes, history, len(records), begun=read_start(run), hash_at=hash_at)
     wrong = [step for step, value in taken.items() if built.replayed.hashes[step] != value]
     if wrong:
         problems.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from zo_ds.config.identity import Difference, differences
+from zo_ds.config.identity import FREE, Difference, differences
 from zo_ds.errors import ConfigError, DataError, MachineError
 from zo_ds.files import discard, write_atomically
 from zo_ds.journal.lock import RunLock, is_locked
@@ -30,7 +30,8 @@ _README = """\
 | state.json | scores so far |
 | metrics.jsonl, tensorboard/ | losses, speed and evaluations |
 | log.txt, log-rankN.txt | what was printed, by rank |
-| model/ | the best model on the dev set, for `from_pretrained` |
+| model/ | the best model on the dev set, for `from_pretrained`; of a run with `peft`, the adapter |
+| start/ | what a prefix began with, where the model computed it; replay needs it |
 | result.json | the outcome |
 
     zo_ds eval {run}      # score model/ on the test set again
@@ -113,13 +114,15 @@ class RunDir:
         return RunState.from_json(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
-def changes(path: Path, resolved: dict[str, Any]) -> tuple[list[Difference], list[Difference]]:
+def changes(
+    path: Path, resolved: dict[str, Any], free: tuple[str, ...] = FREE
+) -> tuple[list[Difference], list[Difference]]:
     """How a recipe differs from that of the run in a directory, see `zo_ds.config.identity.differences`.
 
     Raises:
         DataError: the run's resolved.yaml cannot be read.
     """
-    return differences(read_yaml_file(path / "resolved.yaml"), json.loads(json.dumps(resolved)))
+    return differences(read_yaml_file(path / "resolved.yaml"), json.loads(json.dumps(resolved)), free)
 
 
 def read_yaml_file(file: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,52 +12,39 @@ import torch
 from zo_ds.data.examples import Example
 from zo_ds.engine.engine import StepOutput, ZOEngine
 from zo_ds.engine.export import NOTE
+from zo_ds.engine.first_order import FORWARDS_PER_UNIT, FirstOrderEngine
+from zo_ds.engine.lr_range import affordable
 from zo_ds.engine.resume import JOURNAL
-from zo_ds.errors import DataError
-from zo_ds.evaluation.accuracy import Evaluation, evaluate
+from zo_ds.errors import DataError, MachineError
+from zo_ds.evaluation.evaluate import Evaluation, evaluate
 from zo_ds.forward.evaluator import Result
 from zo_ds.journal.history import read_journal
 from zo_ds.journal.stream import from_bytes, to_bytes
-from zo_ds.maths.estimators import probes
-from zo_ds.models.load import LoadedModel, base_source
-from zo_ds.parallel.channel import Channel
+from zo_ds.maths.estimators import forwards
+from zo_ds.models.adapters import base_source
 from zo_ds.stores.base import WeightStore, weights_sha256
-from zo_ds.tasks.scoring import Batch, Scorer
 from zo_ds.tensor_files import folder_files
 from zo_ds.trainer.environment import peak_rss_gib
 from zo_ds.trainer.health import Guard
-from zo_ds.trainer.job import Plan, encode_units, make_sampler
+from zo_ds.trainer.job import encode_units, make_sampler
 from zo_ds.trainer.report import Progress, clock, log
-from zo_ds.trainer.run_dir import RunDir
-from zo_ds.trainer.state import RunState
+from zo_ds.trainer.run import Run
+from zo_ds.trainer.start import begin
 
 
 class Session:
     """Everything after set-up.
 
     Args:
-        plan, channel, engine, loaded, scorer: what is trained, and how.
-        run_dir: on rank 0; None on the others.
-        path: of the run directory.
-        state: what earlier lives found out; kept up to date.
+        run: what is trained, and where its results go; its state is kept up to date.
+        engine: at its base weights.
         guard: told about progress.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        channel: Channel,
-        engine: ZOEngine,
-        loaded: LoadedModel,
-        scorer: Scorer,
-        run_dir: RunDir | None,
-        path: Path,
-        state: RunState,
-        guard: Guard,
-    ) -> None:
-        self._plan, self._channel, self._engine = plan, channel, engine
-        self._loaded, self._scorer, self._run_dir, self._path = loaded, scorer, run_dir, path
-        self._state, self._guard = state, guard
+    def __init__(self, run: Run, engine: ZOEngine | FirstOrderEngine, guard: Guard) -> None:
+        self._plan, self._channel, self._engine = run.plan, run.channel, engine
+        self._loaded, self._asking, self._run_dir, self._path = run.loaded, run.asking, run.run_dir, run.path
+        self._state, self._guard = run.opening.state, guard
         self._progress: Progress | None = None
         self._last_step: StepOutput | None = None
         self._started = time.perf_counter()
@@ -74,6 +60,26 @@ class Session:
             self._state.zero_shot = self._evaluate("test", " zero-shot", 0)
             self._keep_state()
 
+    def measure_lr(self) -> None:
+        """Find a learning rate by trying, if the run is long enough to pay for that; else the rule's stays."""
+        engine, training = self._engine, self._plan.config.training
+        assert isinstance(engine, ZOEngine)
+        if not affordable(engine.config, training.steps):
+            log.warning("%s", f"{training.steps} steps are too few for a range test: the rule's learning rate is used")
+            return
+        sampler = make_sampler(self._plan.config, self._plan.task, self._plan.splits, self._asking.learner)
+
+        def units(number: int) -> tuple[list[Any], Any]:
+            examples = [self._plan.splits.train[index] for index in sampler.indices(number)]
+            return self._units(examples), self._spare(examples)
+
+        with self._guard.patience():
+            found = engine.measure_lr(units)
+        tried = ", ".join(f"{lr:.3g} {loss:.4f}" for lr, loss in sorted(found.trials))
+        log.info(
+            "%s", f"range test, {found.forwards} forwards: loss {found.loss:.4f} before, after one step of {tried}"
+        )
+
     def fork(self, step: int, changed: list[str]) -> None:
         """Note that the mathematics is another from this step on."""
         self._state.forks = [fork for fork in self._state.forks if fork["step"] < step]
@@ -88,27 +94,39 @@ class Session:
         """Train from where the engine is, score; returns what result.json holds."""
         self._progress = progress
         training, state = self._plan.config.training, self._state
-        sampler = make_sampler(self._plan.config, self._plan.splits, self._scorer)
+        sampler = make_sampler(self._plan.config, self._plan.task, self._plan.splits, self._asking.learner)
         self._report_the_unreported(progress)
         if self._engine.steps_done == 0 and state.zero_shot is not None:
             progress.evaluation(0, "test", state.zero_shot)
         if self._due(self._engine.steps_done) and self._engine.steps_done not in state.dev:
             self._keep_best(self._engine.steps_done)
-        while self._engine.steps_done < training.steps:
+        while self._engine.steps_done < training.steps and not self._out_of_patience():
             examples = [self._plan.splits.train[index] for index in sampler.indices(self._engine.steps_done)]
             out = self._engine.step(self._units(examples), self._spare(examples))
             self._guard.progress()
             self._last_step = out
             evaluations = out.forwards // (training.batch_size // training.micro_batch_size)
-            progress.step(out, evaluations * sum(map(self._scorer.length, examples)))
+            progress.step(out, evaluations * sum(map(self._asking.learner.length, examples)))
             if self._due(out.step + 1):
                 self._keep_best(out.step + 1)
+        if self._out_of_patience():
+            log.info("%s", f"no better model in {training.patience} evaluations: stopped after {self._steps} steps")
+        elif self._steps not in state.dev:
+            self._keep_best(self._steps)
         best_step, _ = state.best(training.best_by)
         if not self._plan.config.output.save_model:
-            best_step = training.steps
+            best_step = self._steps
         self._return_to(best_step)
-        final = self._evaluate("test", f" after step {best_step}", training.steps)
+        final = self._evaluate("test", f" after step {best_step}", self._steps)
         return self._result(best_step, final)
+
+    @property
+    def _steps(self) -> int:
+        return self._engine.steps_done
+
+    def _out_of_patience(self) -> bool:
+        training = self._plan.config.training
+        return self._state.out_of_patience(training.patience, training.best_by)
 
     def _report_the_unreported(self, progress: Progress) -> None:
         if not progress.unreported:
@@ -120,30 +138,30 @@ class Session:
                 progress.recorded(known[step], *self._engine.scheduled(step))
 
     def _result(self, best_step: int, final: Evaluation) -> dict[str, Any]:
-        training, zero_shot = self._plan.config.training, self._state.zero_shot
-        forwards = self._state.forwards(training.steps, self._forwards_per_step())
+        metric, zero_shot = final.metric, self._state.zero_shot
+        total = self._state.forwards(self._steps, self._forwards_per_step())
         seconds = self._state.seconds + time.perf_counter() - self._started
-        before = f"{zero_shot.accuracy:.4f} zero-shot -> " if zero_shot else ""
+        before = f"{zero_shot.score:.4f} zero-shot -> " if zero_shot else ""
         log.info(
             "%s",
-            f"test accuracy {before}{final.accuracy:.4f} after {best_step} steps, "
-            f"{forwards} forwards, {clock(seconds)}",
+            f"test {metric} {before}{final.score:.4f} after {best_step} steps, {total} forwards, {clock(seconds)}",
         )
         if self._last_step is not None:
             log.info("%s", _moved(self._last_step))
         return {
-            "zero_shot_accuracy": zero_shot.accuracy if zero_shot else None,
-            "final_accuracy": final.accuracy,
+            "metric": metric,
+            f"zero_shot_{metric}": zero_shot.score if zero_shot else None,
+            **{f"final_{name}": value for name, value in final.values.items()},
             "test_examples": final.examples,
-            "steps": training.steps,
+            "steps": self._steps,
+            "stopped_early": self._steps < self._plan.config.training.steps,
             "best_step": best_step,
-            "forwards": forwards,
+            "forwards": total,
             "wall_s": round(seconds, 3),
             "starts": self._state.starts,
             "peak_rss_gib": round(peak_rss_gib(), 3),
             "weights_sha256": self._engine.digest(),
             "zero_shot_loss": zero_shot.loss if zero_shot else None,
-            "final_loss": final.loss,
         }
 
     def _due(self, steps: int) -> bool:
@@ -154,33 +172,33 @@ class Session:
         )
 
     def _forwards_per_step(self) -> int:
-        training = self._plan.config.training
-        return len(probes(self._engine.config.estimator_spec)) * (training.batch_size // training.micro_batch_size)
+        training, engine = self._plan.config.training, self._engine
+        own = FORWARDS_PER_UNIT if isinstance(engine, FirstOrderEngine) else forwards(engine.config.estimator_spec)
+        return own * (training.batch_size // training.micro_batch_size)
 
-    def _units(self, examples: list[Example]) -> list[Batch]:
+    def _units(self, examples: list[Example]) -> list[Any]:
         micro = self._plan.config.training.micro_batch_size
-        return encode_units(examples, micro, self._scorer, self._engine.grid, self._engine.device)
+        return encode_units(examples, micro, self._asking.learner, self._engine.grid, self._engine.device)
 
-    def _spare(self, examples: list[Example]) -> Batch | None:
+    def _spare(self, examples: list[Example]) -> Any:
         if not self._engine.layout.lockstep:
             return None
         micro = self._plan.config.training.micro_batch_size
-        return self._scorer.encode(examples[:micro]).to(self._engine.device)
+        return self._asking.learner.encode(examples[:micro]).to(self._engine.device)
 
     def _evaluate(self, split: str, note: str, step: int) -> Evaluation:
         examples = {"dev": self._plan.splits.dev, "test": self._plan.splits.test}[split]
         batch_size = self._plan.config.training.eval_batch_size
         lockstep = self._engine.layout.lockstep
         device = self._engine.device
-        found = evaluate(self._call, self._scorer, examples, batch_size, self._channel, device, lockstep=lockstep)
+        judge = self._asking.judge
+        found = evaluate(self._call, judge, examples, batch_size, self._channel, device, lockstep=lockstep)
         if self._progress is not None:
             self._progress.evaluation(step, split, found)
-        log.info(
-            "%s", f"{split} accuracy {found.accuracy:.4f}, loss {found.loss:.4f} ({found.examples} examples){note}"
-        )
+        log.info("%s", f"{split} {found}{note}")
         return found
 
-    def _call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
+    def _call(self, function: Callable[[torch.nn.Module, Any], Result], batch: Any) -> Result:
         self._guard.beat()
         return self._engine.call(function, batch)
 
@@ -216,7 +234,7 @@ class Session:
             log.info("%s", f"back to the best model on the dev set, after step {step}")
             with self._guard.patience():
                 if not (all(flags) and self._load(kept)):
-                    self._replay(self._channel.broadcast(self._journal_until(step)))
+                    self._rebuild(step)
         if not flags[0] and self._plan.config.output.save_model:
             self._save_model(step)
 
@@ -251,10 +269,19 @@ class Session:
             return b""
         return to_bytes(read_journal(self._path / JOURNAL), 0, step)
 
-    def _replay(self, raw: bytes) -> None:
-        """Take the weights that a journal leads to from the base model."""
-        model, classes = self._plan.config.model, len(self._plan.task.label_words)
-        self._engine.load_weights(base_source(model, classes, self._loaded))
+    def _rebuild(self, step: int) -> None:
+        """Take the weights that the journal leads to from the base model."""
+        if isinstance(self._engine, FirstOrderEngine):
+            raise MachineError(
+                f"the best model, after step {step}, is gone",
+                where=str(self._path / "model"),
+                why="it was damaged or removed while the run went on, and a first-order run has no journal",
+                remedy="train again",
+            )
+        raw = self._channel.broadcast(self._journal_until(step))
+        config, classes = self._plan.config, self._plan.task.classes
+        self._engine.load_weights(base_source(config.model, config.peft, classes, self._loaded))
+        begin(self._engine, self._loaded, self._path, fresh=False)
         self._engine.replay(from_bytes(raw, "journal"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_ds.config.load import validate
-from zo_ds.config.schema import ModelConfig
+from zo_ds.config.schema import ModelConfig, PeftConfig
 from zo_ds.engine.resume import JOURNAL
 from zo_ds.errors import ConfigError, CorruptRunError, MachineError
 from zo_ds.files import write_atomically
@@ -17,6 +17,7 @@ from zo_ds.journal.records import StepRecord
 from zo_ds.journal.stream import to_bytes
 from zo_ds.trainer.revisit import rebuild, save_rebuilt
 from zo_ds.trainer.run_dir import changes, read_result, read_yaml_file
+from zo_ds.trainer.start import from_text, read_start, to_text
 
 MAX_COEFFICIENT = 1.0
 MAX_STEPS = 10_000_000
@@ -43,7 +44,7 @@ def journal_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def export_journal(run: Path, target: Path) -> dict[str, Any]:
-    """Write the fine-tune that a run kept as one file: base identity and scalars.
+    """Write the fine-tune that a run kept as one file: base identity and scalars; and a computed prefix's first values.
 
     Returns:
         file, steps, bytes, model_bytes (of the same weights in full), ratio.
@@ -56,7 +57,9 @@ def export_journal(run: Path, target: Path) -> dict[str, Any]:
     history = read_journal(run / JOURNAL)
     steps = int(result["best_step"]) if result is not None else history.steps
     digest = result["weights_sha256"] if result is not None else None
-    raw = to_bytes(history, 0, steps, {"steps": steps, "weights_sha256": digest})
+    shared = {"steps": steps, "weights_sha256": digest}
+    begun = to_text(read_start(run))
+    raw = to_bytes(history, 0, steps, shared if begun is None else {**shared, "start": begun})
     try:
         write_atomically(target, raw)
     except OSError as error:
@@ -100,7 +103,7 @@ def apply_journal(file: Path, model: str | None, save_to: Path | None) -> dict[s
             remedy="ask its author; `zo_ds replay` of the whole run directory has no such limit",
         )
     source = dict(history.header.base_model or {})
-    classes = int(source.pop("classes", 0))
+    classes, peft = int(source.pop("classes", 0)), validate(PeftConfig, source.pop("peft", {}), where=str(file))
     source = source | ({"path": model, "revision": None} if model is not None else {})
     if "path" not in source:
         raise ConfigError("the journal does not name its base model", where=str(file), remedy="give it with --model")
@@ -112,7 +115,8 @@ def apply_journal(file: Path, model: str | None, save_to: Path | None) -> dict[s
             where=str(file),
             remedy="get it again: its end is missing",
         )
-    built = rebuild(config, classes, history, history.steps)
+    begun = from_text(shared.get("start"), str(file))
+    built = rebuild(config, peft, classes, history, history.steps, begun=begun)
     if shared.get("weights_sha256") not in (None, built.replayed.weights_sha256):
         raise CorruptRunError(
             "the file leads to other weights than its author had",

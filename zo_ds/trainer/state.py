@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zo_ds.errors import CorruptRunError
-from zo_ds.evaluation.accuracy import Evaluation
+from zo_ds.evaluation.evaluate import Evaluation
 
 
 @dataclass
@@ -37,6 +37,11 @@ class RunState:
             if self.dev[step].better_than(found[1], by):
                 found = (step, self.dev[step])
         return found
+
+    def out_of_patience(self, patience: int | None, by: str) -> bool:
+        """Whether so many scores on the dev set came after the best one; never if patience is None."""
+        best, _ = self.best(by)
+        return patience is not None and sum(step > best for step in self.dev) >= patience
 
     def forget_after(self, step: int) -> None:
         """Drop what belongs to steps that are going to be taken again."""
