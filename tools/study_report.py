@@ -215,7 +215,6 @@ def grid_rows(methods: Sequence[Planned], done: Mapping[str, Outcome]) -> list[d
                     "method": planned.name,
                     "lr": outcome.run.lr,
                     "seed": outcome.run.seed,
-                    "best_dev_loss": outcome.best_loss if math.isfinite(outcome.best_loss) else None,
                     "final_dev_loss": last[0].loss if whole else None,
                     "final_dev_accuracy": last[0].accuracy if whole else None,
                     "test_accuracy": outcome.result["final_accuracy"] if outcome.result is not None else None,
@@ -254,7 +253,7 @@ def tables(study: Study, methods: Sequence[Planned], done: Mapping[str, Outcome]
     parts = [
         f"After {study.budget} forwards, mean ± sample standard deviation over seeds\n\n" + _scores(found),
         "Forwards until the mean over seeds is there, linear between evaluations\n\n" + _reached(study, found),
-        f"Learning rates, seed {study.seeds[0]}; chosen by the best dev loss of the run\n\n" + _grid(methods, done),
+        f"Learning rates, seed {study.seeds[0]}; chosen by the dev loss at the end\n\n" + _grid(methods, done),
     ]
     if missing:
         parts.append(f"Not finished, or diverged with every learning rate: {', '.join(missing)}")
@@ -303,8 +302,8 @@ def _forwards(at: float | None, first: float) -> str:
 
 
 def _grid(methods: Sequence[Planned], done: Mapping[str, Outcome]) -> str:
-    head = ["method", "lr", "best dev loss", "final dev loss", "final dev accuracy", "test accuracy", ""]
-    figures = ("best_dev_loss", "final_dev_loss", "final_dev_accuracy", "test_accuracy")
+    head = ["method", "lr", "final dev loss", "final dev accuracy", "test accuracy", ""]
+    figures = ("final_dev_loss", "final_dev_accuracy", "test_accuracy")
     rows = [
         [
             row["method"],

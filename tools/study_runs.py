@@ -59,10 +59,10 @@ class Outcome:
     commit: str
 
     @property
-    def best_loss(self) -> float:
-        """Least dev loss of the run; infinite if it diverged."""
-        finite = [point.loss for point in self.points if math.isfinite(point.loss)]
-        return min(finite, default=math.inf) if self.result is not None else math.inf
+    def final_loss(self) -> float:
+        """Dev loss at the end of the budget, which is what is tested; infinite if the run diverged."""
+        last = self.points[-1].loss if self.points and self.result is not None else math.inf
+        return last if math.isfinite(last) else math.inf
 
 
 def record_of(run: Run, work: Path) -> Path:
@@ -136,8 +136,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def choose(grid: Sequence[Outcome]) -> float | None:
-    """The learning rate with the least dev loss of its run; the smaller one of equals; None if all diverged."""
-    loss, lr = min((outcome.best_loss, outcome.run.lr) for outcome in grid)
+    """The learning rate with the least dev loss at the end; the smaller one of equals; None if all diverged."""
+    loss, lr = min((outcome.final_loss, outcome.run.lr) for outcome in grid)
     return lr if math.isfinite(loss) else None
 
 

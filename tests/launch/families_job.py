@@ -1,4 +1,4 @@
-"""Started by a launcher: every family of models, whole and with adapters, under both estimators; one JSON line for each."""
+"""Started by a launcher: every family, whole and with adapters, under both estimators; one JSON line for each."""
 
 from __future__ import annotations
 

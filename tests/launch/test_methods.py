@@ -238,6 +238,13 @@ def test_what_a_method_cannot_do_is_refused(method: str, changes: list[str], men
     assert set(folder.iterdir()) == before
 
 
+def test_batches_are_no_matter_to_what_takes_no_step(ranks: Ranks, folder: Path, runs: dict[str, Path]) -> None:
+    odd = ("training.batch_size=3", "training.micro_batch_size=1")
+    assert "cannot hold as many examples of each" in call("train", "recipe.yaml", *odd).err
+    run = ranks.train(folder, "odd", 1, "method=zero_shot", *odd)
+    assert jobs.result(run)["final_loss"] == jobs.result(runs["zero_shot"])["final_loss"]
+
+
 @pytest.mark.parametrize("method", ["zero_shot", "linear_probe"])
 def test_a_masked_model_is_asked_at_its_mask(method: str, ranks: Ranks, folder: Path) -> None:
     run = ranks.train(folder, f"masked-{method}", 1, f"method={method}", *MASKED)

@@ -94,7 +94,7 @@ def own(task: str, *changes: str) -> list[str]:
 
 PREVIEWS = {
     "text": (own("text"), ["'<s>[[the film is good . it is good</s>]]'", "(15 tokens, 14 learned)"]),
-    "completion": (own("completion"), ["'<s>the film number 0 is[[ good]]'", "(15 tokens, 1 learned)"]),
+    "completion": (own("completion"), ["'<s>the film number 0 is[[ good</s>]]'", "(16 tokens, 2 learned)"]),
     "chat": (own("chat"), ["'[user] is film 0 good\\n[assistant] [[it is good\\n]]'"]),
     "classification": (
         own("classification", *CHOICE),
@@ -243,7 +243,9 @@ def test_several_seeds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     done = call(*command)
     assert done.code == 0, done.err
-    assert "the run in many/seed-0 is finished" in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert "the run in many/seed-0 is finished" in printed.err
+    assert printed.out == ""
     assert first.stat().st_mtime_ns == written
     summary = json.loads((folder / "many" / "summary.json").read_text())
     assert summary == json.loads(done.out)

@@ -218,3 +218,27 @@ def test_call_sees_the_weights_themselves() -> None:
         assert torch.allclose(logits, wanted, rtol=1e-5, atol=1e-6)
         clean = found.batched.losses(LLAMA, [None, None])
         assert torch.allclose(clean, found.batched.losses(LLAMA, fzoo(2))[:1], rtol=1e-6)
+
+
+def short_and_long(model: nn.Module, batch: Inputs) -> Tensor:
+    """Padded groups: one call for the short examples, another one for the long ones."""
+    short = {key: value[:2, :4] for key, value in batch.items()}
+    return torch.cat([per_example(model, short), per_example(model, batch)])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt-125m"])
+@pytest.mark.parametrize("size", [{"strict": True}, {"replicas": 2}, {"replicas": 4}, {}], ids=str)
+def test_every_call_of_a_loss_is_made_once_for_each_pass(name: str, size: dict[str, Any]) -> None:
+    found = pair(family(name), short_and_long, **size)
+    places = fzoo(8)
+    assert gap(found, batch_for(name), places) < 1e-5
+    made: list[int] = []
+    layer = next(
+        child for child in found.model.modules() if isinstance(child, nn.LayerNorm) or "RMS" in str(type(child))
+    )
+    hook = layer.register_forward_hook(lambda _, args, __: made.append(args[0].shape[0]))
+    found.batched.losses(batch_for(name), places)
+    hook.remove()
+    at_once = 3 if size.get("strict") else size.get("replicas", len(places))
+    assert len(made) == 2 * -(-len(places) // at_once)
+    assert sum(made) == len(places) * (2 + 4)

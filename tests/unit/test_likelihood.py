@@ -24,7 +24,7 @@ from tests.unit.asking import (
 from zo_ds.config.schema import TaskConfig
 from zo_ds.data.examples import Example
 from zo_ds.errors import ConfigError, DataError
-from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, Likelihood, TextLikelihood
+from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, CompletionLikelihood, Likelihood, TextLikelihood
 from zo_ds.tasks.registry import resolve_task
 
 FAMILIES = ("llama", "gpt2", "opt")
@@ -96,6 +96,16 @@ def test_completions(family: str) -> None:
         stem, own = byte_pairs()(prompt)["input_ids"], tokens(answer)
         spans.append(([*stem, *own], list(range(len(stem), len(stem) + len(own)))))
     check(AnswerLikelihood(COMPLETION, byte_pairs(), 64), examples, spans, family)
+
+
+@pytest.mark.parametrize(("answer", "limit", "ends"), [(" good", 64, True), (" good" * 40, 10, False)])
+def test_a_completion_ends_the_text_unless_it_was_cut(answer: str, limit: int, ends: bool) -> None:
+    end = byte_pairs().eos_token_id
+    ids, learned = CompletionLikelihood(COMPLETION, byte_pairs(), limit).known_spans(completion("the film", answer))
+    assert (ids[-1] == end) == ends
+    assert ids.count(end) == ends
+    assert learned == list(range(learned[0], len(ids)))
+    assert len(ids) <= limit
 
 
 def test_the_right_option_is_what_is_learned() -> None:

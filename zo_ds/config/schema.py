@@ -284,6 +284,8 @@ class TrainingConfig(Section):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "choose a divisor, since every unit of work must have the same shape"
             )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("patience counts evaluations, and there is only one at the end; set eval_every too")
         return self
 
 

@@ -61,7 +61,10 @@ def features(
 def _prompts(scorer: Scorer, examples: Sequence[Example], mask_token: int | None) -> list[Asked]:
     rows = [scorer.prompts.encode(example) for example in examples]
     columns = [len(row) - 1 if mask_token is None else row.index(mask_token) for row in rows]
-    return ask(padded(rows, 0), [(number, column, number) for number, column in enumerate(columns)])
+    return ask(
+        padded(rows, 0, grouped=not scorer.lockstep),
+        [(number, column, number) for number, column in enumerate(columns)],
+    )
 
 
 def _hidden(model: nn.Module, parts: list[Asked]) -> Tensor:

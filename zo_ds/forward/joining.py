@@ -86,13 +86,15 @@ class Joiner:
     ) -> None:
         self.backbone, self.bytes_per_input = backbone, 0.0
         self._perturber, self._pass_size, self._made, self._served = perturber, pass_size, made, served
-        self._calls: list[_Call] = []
+        self._calls: dict[int, _Call] = {}
+        self._begun = 0
         self._apart: set[int] = set()
         self._axes: dict[Any, list[bool]] = {}
 
     def clear(self) -> None:
         """Let go of all outputs."""
         self._calls.clear()
+        self._begun = 0
 
     def batched(self, inputs: Any) -> list[bool]:
         """For each leaf of the backbone's inputs, whether it has the batch axis.
@@ -114,10 +116,10 @@ class Joiner:
             number: of the place whose loss is being computed.
             call: how many calls it made before.
         """
-        known = self._calls[call] if call < len(self._calls) else None
+        known = self._calls.get(call)
         objection = ""
         if call not in self._apart:
-            begins = number == (0 if known is None else known.places.first + known.places.count)
+            begins = number == (self._begun if known is None else known.places.first + known.places.count)
             if not is_plain(inputs) or first_tensor(inputs) is None:
                 objection = "its inputs hold more than tensors"
             elif known is not None and not same(known.inputs, inputs):
@@ -139,8 +141,9 @@ class Joiner:
         self, original: Forward, inputs: Any, places: Sequence[Place], number: int, call: int
     ) -> tuple[_Call | None, str]:
         """The call for this place and those after it; or None, and why it cannot be made."""
-        # Let go of the old outputs before the new ones are made.
-        self._calls[call:] = []
+        # Let go of old outputs before new ones are made. Later calls of this place begin a pass here, too.
+        self._calls = {at: old for at, old in self._calls.items() if at != call and old.has(number)}
+        self._begun = number
         try:
             made = self._joint(original, inputs, places, number)
             made.part(number)
@@ -148,7 +151,7 @@ class Joiner:
             if of_a_collective(error):
                 raise
             return None, str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._calls.append(made)
+        self._calls[call] = made
         return made, ""
 
     def _joint(self, original: Forward, inputs: Any, places: Sequence[Place], first: int) -> _Call:

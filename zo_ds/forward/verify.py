@@ -40,8 +40,8 @@ class _Sample(NamedTuple):
     scale: float
 
 
-JointSamples = dict[int, list[tuple[str, _Sample]]]
-"""By place: layers in the order in which they ran."""
+JointSamples = dict[int, list[tuple[str, _Sample | None]]]
+"""By place: layers in the order in which they ran; None for those that give the same to all places."""
 
 
 class Trace:
@@ -90,17 +90,19 @@ class Trace:
             return
         if joined is None:
             self._keep(self._current(), name, _sampled(tensor))
-        elif tensor.shape[0] % joined.count == 0:
-            for number in self._numbers:
-                if 0 <= number - joined.first < joined.count:
-                    own = tensor.chunk(joined.count)[number - joined.first]
-                    self._seen.setdefault(number, []).append((name, _sampled(own)))
+            return
+        for number in self._numbers:
+            if 0 <= number - joined.first < joined.count:
+                divided = tensor.shape[0] % joined.count == 0
+                own = _sampled(tensor.chunk(joined.count)[number - joined.first]) if divided else None
+                self._seen.setdefault(number, []).append((name, own))
 
-    def _keep(self, number: int, name: str, sample: _Sample) -> None:
+    def _keep(self, number: int, name: str, sample: _Sample | None) -> None:
         if number in self._numbers:
             run = self._runs.get((number, name), 0)
             self._runs[number, name] = run + 1
-            self.outputs[number, name, run] = sample
+            if sample is not None:
+                self.outputs[number, name, run] = sample
 
 
 def _sampled(tensor: Tensor) -> _Sample:

@@ -11,7 +11,7 @@ from zo_ds.forward.rowwise import RowWise
 from zo_ds.tasks.calibration import Calibrated
 from zo_ds.tasks.generation import GenerationJudge, Generator
 from zo_ds.tasks.head import Head
-from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, Likelihood, TextLikelihood
+from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, CompletionLikelihood, Likelihood, TextLikelihood
 from zo_ds.tasks.masked import LabelWords
 from zo_ds.tasks.objectives import SCORE_LOSSES
 from zo_ds.tasks.options import OptionLikelihood
@@ -20,7 +20,11 @@ from zo_ds.tasks.reward import find_reward
 from zo_ds.tasks.scorer import Scorer
 from zo_ds.tasks.task import Metric, Objective, Task
 
-_LIKELIHOODS: dict[str, type[Likelihood]] = {"text": TextLikelihood, "chat": ChatLikelihood}
+_LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "text": TextLikelihood,
+    "completion": CompletionLikelihood,
+    "chat": ChatLikelihood,
+}
 
 
 @dataclass(frozen=True)

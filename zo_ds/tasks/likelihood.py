@@ -109,6 +109,18 @@ class AnswerLikelihood(Likelihood):
         return [*stem, *kept], list(range(len(stem), len(stem) + len(kept)))
 
 
+class CompletionLikelihood(AnswerLikelihood):
+    """The tokens of a completion, and the end of the text behind it, so that generation knows where to stop."""
+
+    def spans(self, example: Example) -> tuple[list[int], list[int]]:
+        """See `Likelihood.spans`."""
+        ids, learned = super().spans(example)
+        end = self._tokenizer.eos_token_id
+        if end is None or ids[-1] == end or example in self.prompts.cut or len(ids) >= self.prompts.max_tokens:
+            return ids, learned
+        return [*ids, end], [*learned, len(ids)]
+
+
 class TextLikelihood(Likelihood):
     """Every token of a text but the first, and the end of it."""
 

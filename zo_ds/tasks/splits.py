@@ -76,7 +76,13 @@ def _of_files(source: DataSource, config: DataConfig, task: Task, train: list[Ex
         missing = [name for name, found in (("dev", dev), ("test", test)) if found is None]
         share = min(HELD_OUT, len(train) // 10)
         if not share:
-            raise source.missing(missing[0])
+            error = source.missing(missing[0])
+            raise DataError(
+                error.what,
+                where=error.where,
+                why=f"{error.why}; and {len(train)} training rows are too few to hold a tenth of them out",
+                remedy=f"write {missing[0]}.jsonl, or give 10 training rows or more",
+            )
         drawn = _shuffled(list(range(len(train))), config.seed, "held out")
         parts = [sorted(drawn[at * share : (at + 1) * share]) for at in range(len(missing))]
         log.info("%s", f"no file for {' and '.join(missing)}: {share} examples each are held out of the training rows")

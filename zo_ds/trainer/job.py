@@ -95,7 +95,8 @@ def check(config: ZOConfig, channel: Channel) -> Plan:
     )
     task = resolve_task(config.task, config.data)
     splits = load_splits(config.data, task)
-    make_sampler(config, task, splits, None)
+    if config.method in ("zeroth_order", "first_order"):
+        make_sampler(config, task, splits, None)
     return Plan(config, deepspeed, task, splits)
 
 

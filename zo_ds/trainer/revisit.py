@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zo_ds.config.load import load_config
-from zo_ds.config.schema import ModelConfig, PeftConfig
+from zo_ds.config.schema import ModelConfig, PeftConfig, ZOConfig
 from zo_ds.engine.export import save_pretrained
 from zo_ds.engine.initialize import initialize
 from zo_ds.engine.resume import JOURNAL, SNAPSHOTS
@@ -185,7 +185,7 @@ def replay_run(run: Path, steps: int | None, save_to: Path | None) -> dict[str, 
     """
     result = read_result(run)
     config = load_config(run / "resolved.yaml")
-    history = read_journal(run / JOURNAL)
+    history = _journal_of(run, config)
     kept = result["best_step"] if result is not None else None
     known = max(segment.end_step for segment in history.segments)
     if steps is None:
@@ -241,7 +241,7 @@ def audit_run(run: Path) -> dict[str, Any]:
     """
     result = read_result(run)
     config = load_config(run / "resolved.yaml")
-    history = read_journal(run / JOURNAL)
+    history = _journal_of(run, config)
     problems = [] if history.whole else list(history.problems)
     records = history.records()
     taken = {record.step: record.state_hash for record in records if record.state_hash is not None}
@@ -269,6 +269,17 @@ def audit_run(run: Path) -> dict[str, Any]:
         if built.replayed.hashes.get(info.step, info.state_hash) != info.state_hash
     ]
     return {"steps": len(records), "hashes": len(taken), "problems": problems}
+
+
+def _journal_of(run: Path, config: ZOConfig) -> History:
+    if config.method != "zeroth_order":
+        raise ConfigError(
+            f"a run of method {config.method} has no journal",
+            where=str(run),
+            why="only a zeroth-order run is a log of scalars",
+            remedy="`zo_ds eval` scores its model again",
+        )
+    return read_journal(run / JOURNAL)
 
 
 class _Meter:

@@ -15,6 +15,7 @@ from zo_ds.files import write_atomically
 from zo_ds.trainer.run_dir import read_result
 
 _SEEDED = ("data.seed", "zeroth_order.run_seed", "peft.seed")
+_STDERR = 2
 _ENTRY = Path(__file__).parents[2] / "launch" / "finetune.py"
 
 
@@ -56,11 +57,19 @@ def run_seeds(config: Path, overrides: list[str], count: int, folder: Path, laun
 
 
 def _run(config: Path, overrides: list[str], seed: int, path: Path, launcher: str) -> dict[str, Any]:
+    if launcher and not _ENTRY.is_file():
+        raise ConfigError(
+            "launch/finetune.py, which launchers start, is not there",
+            where="zo_ds seeds --launcher",
+            why="it belongs to the repository, not to the installed package",
+            remedy="run this from a clone, or leave --launcher away",
+        )
     command = [*shlex.split(launcher), str(_ENTRY)] if launcher else [sys.executable, "-m", "zo_ds", "train"]
     command += ["--config", str(config)] if launcher else [str(config)]
     settings = [f"{key}={seed}" for key in _SEEDED]
-    # A finished run is asked too: only it knows whether it is one of this recipe.
-    code = subprocess.run([*command, *overrides, *settings, f"output.run_dir={path}"], check=False).returncode
+    command += [*overrides, *settings, f"output.run_dir={path}"]
+    # A finished run is asked too: only it knows whether it is one of this recipe. Standard output is for the summary.
+    code = subprocess.run(command, stdout=_STDERR, check=False).returncode
     result = read_result(path) if (path / "resolved.yaml").is_file() else None
     if code or result is None:
         raise MachineError(
