@@ -18,7 +18,7 @@ from zo_ds.tasks.ask import Asking, make_asking
 from zo_ds.tasks.calibration import Calibrated
 from zo_ds.tasks.generation import GenerationJudge, Generator
 from zo_ds.tasks.head import Head
-from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, TextLikelihood
+from zo_ds.tasks.likelihood import AnswerLikelihood, ChatLikelihood, CompletionLikelihood, TextLikelihood
 from zo_ds.tasks.masked import LabelWords
 from zo_ds.tasks.options import OptionLikelihood
 from zo_ds.tasks.registry import resolve_task
@@ -79,7 +79,7 @@ def chatting() -> Any:
         ({"name": "drop", "objective": "f1"}, Generator, GenerationJudge, "f1"),
         ({"name": "squad", **REWARD}, Generator, GenerationJudge, "f1"),
         ({"name": "text"}, TextLikelihood, None, "loss"),
-        ({"name": "completion"}, AnswerLikelihood, None, "loss"),
+        ({"name": "completion"}, CompletionLikelihood, None, "loss"),
         ({"name": "completion", **REWARD}, Generator, GenerationJudge, "reward"),
     ],
 )
