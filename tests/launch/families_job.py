@@ -123,10 +123,11 @@ def one(name: str, method: str, estimator: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[-1])
+    at = next(number for number, word in enumerate(sys.argv) if Path(word).is_dir() and number)
+    folder, names = Path(sys.argv[at]), sys.argv[at + 1 :]
     torch.set_num_threads(1)
     with (folder / f"rank{os.environ['RANK']}.jsonl").open("w", encoding="utf-8") as file:
-        for name in FAMILIES:
+        for name in names:
             for method in ADAPTERS:
                 for estimator in LRS:
                     file.write(json.dumps(one(name, method, estimator)) + "\n")

@@ -174,17 +174,15 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("estimator", ["fzoo", "mezo"])
 @pytest.mark.parametrize("method", ["none", "lora", "prefix"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family(name: str, method: str, estimator: str, zoo: Path, ranks: Ranks) -> None:
+def test_a_family_through_a_recipe(name: str, method: str, zoo: Path, ranks: Ranks) -> None:
+    """test_families.py has all of them, and both estimators."""
     question = ["task.name=classification", 'task.label_words=["terrible","great"]']
     question += ["task.template='{text} It was {mask} .'" if name == "roberta" else "task.template='{text} It was'"]
-    lr = "1e-2" if estimator == "fzoo" else "1e-3"
     run = ranks.train(
-        zoo, f"{name}-{method}-{estimator}", 1, f"model.path={name}", f"peft.method={method}", *question,
-        f"zeroth_order.estimator={estimator}", f"zeroth_order.lr={lr}",
-    )  # fmt: skip
+        zoo, f"{name}-{method}", 1, f"model.path={name}", f"peft.method={method}", *question, "zeroth_order.lr=1e-2"
+    )
     records = jobs.records(run)
     assert len(records) == 20
     assert "one direction at a time" not in (run / "log.txt").read_text()

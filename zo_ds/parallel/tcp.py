@@ -44,14 +44,12 @@ class TCPChannel:
         self._timeout_s = timeout_s
         self._peers: dict[int, socket.socket] = {}
         try:
-            timeout = timedelta(seconds=timeout_s)
-            self._store = TCPStore(seat.address, seat.port, seat.world_size, seat.serve, timeout)
-            self._join(seat)
+            self._join(seat, *_meeting_place(seat, timeout_s))
         except (RuntimeError, OSError) as error:
             self._hang_up()
             raise join_error(error, seat, timeout_s) from error
 
-    def _join(self, seat: Seat) -> None:
+    def _join(self, seat: Seat, store: TCPStore, number: int) -> None:
         """Connect to the ranks before this one, and be called by those after it."""
         deadline = time.monotonic() + self._timeout_s
         family, _, _, _, rank_0 = socket.getaddrinfo(seat.address, seat.port, type=socket.SOCK_DGRAM)[0]
@@ -60,10 +58,10 @@ class TCPChannel:
             probe.connect(rank_0)
             host = probe.getsockname()[0]
         with socket.create_server((host, 0), family=family, backlog=self.world_size) as listener:
-            self._store.set(f"zo_ds/{self.rank}", f"{host}:{listener.getsockname()[1]}")
+            store.set(f"zo_ds/{number}/{self.rank}", f"{host}:{listener.getsockname()[1]}")
             for other in range(self.rank):
-                name, _, number = self._store.get(f"zo_ds/{other}").decode().rpartition(":")
-                peer = socket.create_connection((name, int(number)), self._timeout_s)
+                name, _, port = store.get(f"zo_ds/{number}/{other}").decode().rpartition(":")
+                peer = socket.create_connection((name, int(port)), self._timeout_s)
                 peer.sendall(_GREETING.pack(_MAGIC, self.rank))
                 self._keep(other, peer)
             while len(self._peers) < self.world_size - 1:
@@ -173,6 +171,23 @@ class TCPChannel:
             with suppress(OSError):
                 peer.close()
         self._peers.clear()
+
+
+_places: dict[tuple[str, int, int], tuple[TCPStore, int]] = {}
+"""Stores that this process has opened, and how many channels met there: a second must not read the first's ports."""
+
+
+def _meeting_place(seat: Seat, timeout_s: float) -> tuple[TCPStore, int]:
+    """The store at which ranks tell their ports, and how many channels of this process have met there before."""
+    key = (seat.address, seat.port, seat.rank)
+    if key in _places:
+        store, before = _places[key]
+        store.set_timeout(timedelta(seconds=timeout_s))
+    else:
+        timeout = timedelta(seconds=timeout_s)
+        store, before = TCPStore(seat.address, seat.port, seat.world_size, seat.serve, timeout), -1
+    _places[key] = store, before + 1
+    return _places[key]
 
 
 def _events(rank: int, left: dict[int, memoryview], missing: dict[int, memoryview]) -> int:
