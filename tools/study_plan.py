@@ -32,6 +32,8 @@ class Method(Section):
     """The grid, as many for every method."""
     budget: PositiveInt | None = None
     """Forwards of its runs, where it is to be seen what fewer of them give; None: the study's."""
+    seeds: PositiveInt | None = None
+    """Only the first so many seeds, for what is there to compare with; None: all."""
 
 
 class Study(Section):
@@ -206,7 +208,7 @@ def _planned(study: Study, name: str, method: Method, recipe: Path) -> tuple[Pla
         overrides = (*common, f"{method.lr_key}={lr!r}", *seeds)
         return Run(name, lr, seed, steps, per_step, recipe, overrides, digest)
 
-    planned = Planned(name, method.lrs, study.seeds, steps, per_step, make)
+    planned = Planned(name, method.lrs, study.seeds[: method.seeds], steps, per_step, make)
     for run in planned.grid:
         load_config(recipe, run.overrides)  # refused now rather than after hours
     return planned, config

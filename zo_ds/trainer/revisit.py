@@ -16,7 +16,7 @@ from zo_ds.config.schema import ModelConfig, PeftConfig, ZOConfig
 from zo_ds.engine.export import save_pretrained
 from zo_ds.engine.initialize import initialize
 from zo_ds.engine.resume import JOURNAL, SNAPSHOTS
-from zo_ds.errors import ConfigError, CorruptRunError
+from zo_ds.errors import ConfigError, CorruptRunError, DataError
 from zo_ds.evaluation.evaluate import evaluate
 from zo_ds.journal.history import History, read_journal
 from zo_ds.journal.recovery import Start, choose_start
@@ -273,7 +273,7 @@ def audit_run(run: Path) -> dict[str, Any]:
 
 def _journal_of(run: Path, config: ZOConfig) -> History:
     if config.method != "zeroth_order":
-        raise ConfigError(
+        raise DataError(
             f"a run of method {config.method} has no journal",
             where=str(run),
             why="only a zeroth-order run is a log of scalars",
