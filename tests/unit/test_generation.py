@@ -151,7 +151,7 @@ def test_in_lockstep_a_batch_takes_as_many_calls_whatever_is_said() -> None:
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     free = questions([["good text"]] * 4)
     with torch.inference_mode():
-        said = [int(ids[0]) for ids in greedy(model, judge.encode(free).prompts, 1, [])]
+        said = [int(ids[0]) for ids in greedy(model, judge.encode(free).first, 1, [])]
     judge._stops = said
 
     def graded(lockstep: bool) -> tuple[int, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,21 @@ class Batch(NamedTuple):
         """The same on a device."""
         moved: Batch = tree_map(lambda leaf: leaf.to(device), self)
         return moved
+
+
+class Pair(NamedTuple):
+    """Two batches of the same examples, for a scorer that asks in two ways.
+
+    Attributes:
+        first, second: batches, or anything else that moves to a device.
+    """
+
+    first: Any
+    second: Any
+
+    def to(self, device: torch.device) -> Pair:
+        """The same on a device."""
+        return Pair(self.first.to(device), self.second.to(device))
 
 
 EMPTY = torch.empty(0, dtype=torch.int64)

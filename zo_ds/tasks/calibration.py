@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_ds.data.examples import Example
 from zo_ds.errors import ConfigError
-from zo_ds.tasks.batch import Batch
+from zo_ds.tasks.batch import Pair
 from zo_ds.tasks.objectives import cross_entropy
 from zo_ds.tasks.scorer import Call, Scorer, is_right
-
-
-class _Pair(NamedTuple):
-    asked: Batch
-    neutral: Batch
-
-    def to(self, device: torch.device) -> _Pair:
-        return _Pair(self.asked.to(device), self.neutral.to(device))
 
 
 class Calibrated(Scorer):
@@ -40,26 +32,26 @@ class Calibrated(Scorer):
         return self._inner.length(example)
 
     def encode(self, examples: Sequence[Example]) -> Any:
-        """A pair of batches on the CPU.
+        """The questions and their neutral prompts, on the CPU.
 
         Raises:
             ConfigError: the task has no neutral prompt.
         """
-        return _Pair(self._inner.encode(examples), self._inner.encode([_neutral(example) for example in examples]))
+        return Pair(self._inner.encode(examples), self._inner.encode([_neutral(example) for example in examples]))
 
     def scores(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Scorer.scores`."""
-        asked, neutral = self._inner.scores(model, batch.asked), self._inner.scores(model, batch.neutral)
+        asked, neutral = self._inner.scores(model, batch.first), self._inner.scores(model, batch.second)
         return (asked - neutral).masked_fill(asked.isinf(), -torch.inf)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross-entropy of the calibrated scores."""
-        return cross_entropy(self.scores(model, batch), batch.asked.labels)
+        return cross_entropy(self.scores(model, batch), batch.first.labels)
 
     def grade(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Scorer.grade`."""
         scores = self.scores(model, batch)
-        right, losses = is_right(scores, batch.asked), cross_entropy(scores, batch.asked.labels)
+        right, losses = is_right(scores, batch.first), cross_entropy(scores, batch.first.labels)
         return torch.stack((right, losses.double()), dim=1).cpu()
 
     def preview(self, example: Example) -> str:

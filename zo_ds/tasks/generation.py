@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_ds.data.examples import Example
 from zo_ds.errors import DataError
-from zo_ds.tasks.batch import Batch
+from zo_ds.tasks.batch import Pair
 from zo_ds.tasks.decoding import Prompts, greedy, pad_left
 from zo_ds.tasks.likelihood import AnswerLikelihood
 from zo_ds.tasks.metrics import squad_exact, squad_f1
-from zo_ds.tasks.objectives import negative_mean
 from zo_ds.tasks.prompts import Tokenizer
 from zo_ds.tasks.reward import Reward
 from zo_ds.tasks.scorer import Call, Scorer, first_token
@@ -33,7 +32,7 @@ class Generator(Scorer):
     """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, reward: Reward | None = None) -> None:
-        super().__init__(task, tokenizer, max_tokens, negative_mean if reward else _shortfall)
+        super().__init__(task, tokenizer, max_tokens)
         self._reward = reward
         self.columns = ("reward", "loss") if reward else ("f1", "exact_match", "loss")
         self._examples: list[Example] = []
@@ -65,6 +64,11 @@ class Generator(Scorer):
         """fp32 [examples, 1]: F1 from 0 to 1, or the reward."""
         worth = self._worth(self.texts(model, batch), self._asked(batch))
         return torch.tensor(worth, dtype=torch.float32).unsqueeze(1)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """1 - F1, or the negative of the reward, fp32 [examples]."""
+        worth = self.scores(model, batch)[:, 0]
+        return 1 - worth if self._reward is None else -worth
 
     def grade(self, model: nn.Module, batch: Any) -> Tensor:
         """fp64 [examples, columns]; the loss is what a step would lower."""
@@ -109,17 +113,12 @@ class Generator(Scorer):
             ) from error
         if not math.isfinite(found):
             raise DataError(
-                f"the reward function returned {found}", where=example.where, why=f"the generated text was {text!r}"
+                f"the reward function returned {found}",
+                where=example.where,
+                why=f"the generated text was {text!r}",
+                remedy="let it return a finite number for any text",
             )
         return found
-
-
-class _Both(NamedTuple):
-    prompts: Prompts
-    answers: Batch
-
-    def to(self, device: torch.device) -> _Both:
-        return _Both(self.prompts.to(device), self.answers.to(device))
 
 
 class GenerationJudge(Generator):
@@ -131,12 +130,12 @@ class GenerationJudge(Generator):
 
     def encode(self, examples: Sequence[Example]) -> Any:
         """Prompts, and prompts with their answers."""
-        return _Both(super().encode(examples), self._answers.encode(examples))
+        return Pair(super().encode(examples), self._answers.encode(examples))
 
     def grade(self, model: nn.Module, batch: Any) -> Tensor:
         """fp64 [examples, columns] on the CPU."""
-        found = super().grade(model, batch.prompts)
-        return torch.cat([found[:, :-1], self._answers.grade(model, batch.answers)], dim=1)
+        found = super().grade(model, batch.first)
+        return torch.cat([found[:, :-1], self._answers.grade(model, batch.second)], dim=1)
 
     def settle(
         self,
@@ -150,7 +149,3 @@ class GenerationJudge(Generator):
         """See `Scorer.settle`."""
         self.lockstep = lockstep
         self._answers.settle(module, call, examples, device, lockstep=lockstep)
-
-
-def _shortfall(scores: Tensor, labels: Tensor) -> Tensor:
-    return 1 - scores[:, 0]

@@ -63,8 +63,7 @@ class Scorer(ABC):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What a step lowers, fp32 [examples]."""
-        scores = self.scores(model, batch)
-        return self._objective(scores, getattr(batch, "labels", scores))
+        return self._objective(self.scores(model, batch), batch.labels)
 
     def grade(self, model: nn.Module, batch: Batch) -> Tensor:
         """fp64 [examples, columns] on the CPU: whether the best option is the right one, and the cross-entropy."""
