@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_ds.data.examples import Example
+from zo_ds.evaluation.shared import over_ranks
 from zo_ds.parallel.channel import Channel
 from zo_ds.tasks.scorer import Scorer
 
@@ -72,9 +73,7 @@ def evaluate(
     *,
     lockstep: bool = False,
 ) -> Evaluation:
-    """Score examples at the current weights.
-
-    Sorted by length into batches, so that little is spent on padding; batch number b is scored by rank b mod ranks.
+    """Score examples at the current weights, see `over_ranks`.
 
     Args:
         call: runs a function of (model, batch) without gradients, e.g. `ZOEngine.call`.
@@ -83,19 +82,12 @@ def evaluate(
         batch_size: examples in one forward pass.
         channel: to the other ranks.
         device: where the model runs, the CPU if None.
-        lockstep: every rank must run as many forwards as any other; what is too much is computed and thrown away.
+        lockstep: every rank must run as many forwards as any other.
     """
-    order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    found = torch.zeros(len(examples), len(scorer.columns), dtype=torch.float64)
-    rounds = -(-len(batches) // channel.world_size) * channel.world_size
-    for number in range(channel.rank, rounds if lockstep else len(batches), channel.world_size):
-        rows = batches[min(number, len(batches) - 1)]
-        batch = scorer.encode([examples[index] for index in rows]).to(device or torch.device("cpu"))
-        graded = call(scorer.grade, batch)
-        if number < len(batches):
-            found[rows] = graded
-    # Every row is written by one rank and zero on the others.
-    total = torch.stack(channel.all_gather(found)).sum(0)
+
+    def grade(batch: list[Example]) -> Tensor:
+        return call(scorer.grade, scorer.encode(batch).to(device or torch.device("cpu")))
+
+    total = over_ranks(grade, examples, scorer.length, batch_size, channel, lockstep=lockstep)
     means = (float(value) for value in total.mean(0))
     return Evaluation(scorer.columns[0], dict(zip(scorer.columns, means, strict=True)), len(examples))

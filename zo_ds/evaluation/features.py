@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from zo_ds.data.examples import Example
+from zo_ds.evaluation.shared import over_ranks
 from zo_ds.forward.hidden import hidden_at
 from zo_ds.parallel.channel import Channel
 from zo_ds.tasks.batch import Asked, ask
@@ -35,27 +36,17 @@ def features(
         scorer: encodes prompts.
         examples: one or more.
         batch_size: examples in one forward pass.
-        channel: to the other ranks; batch number b is computed by rank b mod ranks.
+        channel: to the other ranks.
         device: where the model runs.
         mask_token: of a masked LM.
-        lockstep: see `zo_ds.evaluation.evaluate.evaluate`.
+        lockstep: every rank must run as many forwards as any other.
     """
-    order = sorted(range(len(examples)), key=lambda index: (scorer.length(examples[index]), index))
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    rounds = -(-len(batches) // channel.world_size) * channel.world_size
-    found: Tensor | None = None
-    for number in range(channel.rank, rounds if lockstep else len(batches), channel.world_size):
-        rows = batches[min(number, len(batches) - 1)]
-        parts = [_moved(asked, device) for asked in _prompts(scorer, [examples[index] for index in rows], mask_token)]
-        states = call(_hidden, parts).cpu()
-        if found is None:
-            found = torch.zeros(len(examples), states.shape[1])
-        if number < len(batches):
-            found[rows] = states
-    width = max(int(w) for w in channel.all_gather(torch.tensor([0 if found is None else found.shape[1]])))
-    found = torch.zeros(len(examples), width) if found is None else found
-    # Every row is written by one rank and zero on the others.
-    return torch.stack(channel.all_gather(found)).sum(0)
+
+    def states(batch: list[Example]) -> Tensor:
+        asked = tree_map(lambda leaf: leaf.to(device), _prompts(scorer, batch, mask_token))
+        return call(_hidden, asked).cpu()
+
+    return over_ranks(states, examples, scorer.length, batch_size, channel, lockstep=lockstep)
 
 
 def _prompts(scorer: Scorer, examples: Sequence[Example], mask_token: int | None) -> list[Asked]:
@@ -70,8 +61,3 @@ def _prompts(scorer: Scorer, examples: Sequence[Example], mask_token: int | None
 def _hidden(model: nn.Module, parts: list[Asked]) -> Tensor:
     states = [hidden_at(model, asked.inputs, asked.rows, asked.columns).float() for asked in parts]
     return torch.cat(states)[torch.cat([asked.slots for asked in parts]).argsort()]
-
-
-def _moved(asked: Asked, device: torch.device) -> Asked:
-    moved: Asked = tree_map(lambda leaf: leaf.to(device), asked)
-    return moved
