@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -20,7 +18,6 @@ from tests.launch import jobs
 from tests.launch.ranks import Ranks
 from tests.launch.zygote import Point, Start, Zygote
 from tests.unit.asking import SIZE, masking, randomised
-from zo_ds.cli import main
 
 pytestmark = pytest.mark.launch
 METHODS = ("zeroth_order", "first_order", "zero_shot", "in_context", "linear_probe")
@@ -31,18 +28,6 @@ EVERYWHERE = {
 }  # fmt: skip
 MASKED = ("model.path=masked", 'task.template="{text} is {mask} ."', "task.name=classification")
 MASKED += ("task.label_words=[bad, good]",)
-
-
-def call(*arguments: str | Path) -> jobs.Outcome:
-    """A command in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    assert "Traceback" not in out.getvalue() + err.getvalue()
-    return jobs.Outcome(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +133,11 @@ def test_the_model_of_a_first_order_run_is_kept(zygote: Zygote, runs: dict[str, 
 def test_what_needs_a_journal_or_a_model_says_so(runs: dict[str, Path]) -> None:
     for method in ("first_order", "zero_shot"):
         for command in ("replay", "audit"):
-            done = call(command, runs[method])
+            done = jobs.in_process(command, runs[method])
             assert done.code == 3
             assert "no journal" in done.err
     for method in ("zero_shot", "in_context", "linear_probe"):
-        done = call("eval", runs[method])
+        done = jobs.in_process("eval", runs[method])
         assert done.code == 3
         assert f"{method}/model" in done.err
 
@@ -171,11 +156,11 @@ def test_two_ranks_give_what_one_gives(method: str, ranks: Ranks, folder: Path, 
 def test_a_finished_run_is_finished(method: str, folder: Path, runs: dict[str, Path]) -> None:
     before = contents(runs[method])
     command = ["train", "recipe.yaml", f"output.run_dir={method}", f"method={method}", *SETTINGS]
-    done = call(*command)
+    done = jobs.in_process(*command)
     assert done.code == 0, done.err
     assert f"the run in {method} is finished" in done.out
     assert done.out.splitlines()[-1] == method
-    done = call(*command, "resume=never")
+    done = jobs.in_process(*command, "resume=never")
     assert done.code == 4
     assert "already holds a run" in done.err
     assert contents(runs[method]) == before
@@ -199,7 +184,7 @@ def test_another_recipe_does_not_replace_a_result(
     method: str, changes: list[str], difference: str, runs: dict[str, Path]
 ) -> None:
     before = contents(runs[method])
-    done = call("train", "recipe.yaml", f"output.run_dir={method}", f"method={method}", *SETTINGS, *changes)
+    done = jobs.in_process("train", "recipe.yaml", f"output.run_dir={method}", f"method={method}", *SETTINGS, *changes)
     assert done.code == 2
     assert difference in done.err
     assert "choose another output.run_dir" in done.err
@@ -212,7 +197,7 @@ def test_other_examples_do_not_replace_a_result(ranks: Ranks, folder: Path) -> N
     file = folder / "edited" / "train.jsonl"
     file.write_text(file.read_text().replace("the film", "a film", 1))
     before = contents(run)
-    done = call("train", "recipe.yaml", "output.run_dir=edited-run", "method=zero_shot", "data.path=edited")
+    done = jobs.in_process("train", "recipe.yaml", "output.run_dir=edited-run", "method=zero_shot", "data.path=edited")
     assert done.code == 2
     assert "data (training examples): " in done.err
     assert contents(run) == before
@@ -232,7 +217,7 @@ def test_other_examples_do_not_replace_a_result(ranks: Ranks, folder: Path) -> N
 )
 def test_what_a_method_cannot_do_is_refused(method: str, changes: list[str], mention: str, folder: Path) -> None:
     before = set(folder.iterdir())
-    done = call("train", "recipe.yaml", "output.run_dir=refused", f"method={method}", *changes)
+    done = jobs.in_process("train", "recipe.yaml", "output.run_dir=refused", f"method={method}", *changes)
     assert done.code == 2, done.err
     assert mention in done.err
     assert set(folder.iterdir()) == before
@@ -240,7 +225,7 @@ def test_what_a_method_cannot_do_is_refused(method: str, changes: list[str], men
 
 def test_batches_are_no_matter_to_what_takes_no_step(ranks: Ranks, folder: Path, runs: dict[str, Path]) -> None:
     odd = ("training.batch_size=3", "training.micro_batch_size=1")
-    assert "cannot hold as many examples of each" in call("train", "recipe.yaml", *odd).err
+    assert "cannot hold as many examples of each" in jobs.in_process("train", "recipe.yaml", *odd).err
     run = ranks.train(folder, "odd", 1, "method=zero_shot", *odd)
     assert jobs.result(run)["final_loss"] == jobs.result(runs["zero_shot"])["final_loss"]
 
@@ -289,8 +274,8 @@ def test_a_classification_head_is_replayed(ranks: Ranks, folder: Path) -> None:
         (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ("task.name=sst2", "data.path=sst2", "data.splits=files", "model.head=sequence_classification")
     run = ranks.train(folder, "head", 1, *arguments, "training.steps=2")
-    assert json.loads(call("replay", run).out)["matches"] is True
-    assert json.loads(call("audit", run).out)["problems"] == []
+    assert json.loads(jobs.in_process("replay", run).out)["matches"] is True
+    assert json.loads(jobs.in_process("audit", run).out)["problems"] == []
 
 
 class Stopped:
@@ -320,7 +305,7 @@ def test_patience_keeps_the_best_model(arguments: tuple[str, ...], ranks: Ranks,
     assert found["weights_sha256"] == result["weights_sha256"]
     assert found["loss"] == pytest.approx(result["final_loss"], abs=1e-6)
     if "method=first_order" not in arguments:
-        replayed = json.loads(call("replay", run).out)
+        replayed = json.loads(jobs.in_process("replay", run).out)
         assert (replayed["steps"], replayed["matches"]) == (steps - 2, True)
 
 

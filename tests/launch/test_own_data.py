@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import statistics
 from collections.abc import Callable
@@ -16,7 +14,6 @@ import pytest
 from tests.launch import jobs
 from tests.launch.ranks import Ranks
 from tests.unit.asking import SIZE, byte_pairs, causal, masking, randomised
-from zo_ds.cli import main
 
 pytestmark = pytest.mark.launch
 TURNS = (
@@ -45,18 +42,6 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 OWN = ("text", "completion", "chat")
 CHOICE = ('task.template="{text} It was"', "task.label_words=[bad, good]")
-
-
-def call(*arguments: str | Path) -> jobs.Outcome:
-    """A command in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    assert "Traceback" not in out.getvalue() + err.getvalue()
-    return jobs.Outcome(code, out.getvalue(), err.getvalue())
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -119,17 +104,17 @@ PREVIEWS = {
 @pytest.mark.parametrize("case", PREVIEWS)
 def test_a_preview_shows_what_the_model_gets(case: str) -> None:
     changes, mentions = PREVIEWS[case]
-    done = call("data", "preview", "recipe.yaml", *changes)
+    done = jobs.in_process("data", "preview", "recipe.yaml", *changes)
     assert done.code == 0, done.err
     for mention in ["train: 32 examples\ndev: 4 examples\ntest: 4 examples\n", ".jsonl:1", "median", *mentions]:
         assert mention in done.out
     assert done.out.count("\nexample ") == 2
-    assert call("data", "preview", "recipe.yaml", *changes, "--examples", "5").out.count("\nexample ") == 5
+    assert jobs.in_process("data", "preview", "recipe.yaml", *changes, "--examples", "5").out.count("\nexample ") == 5
     assert not Path("runs").exists()
 
 
 def test_a_preview_says_what_is_cut() -> None:
-    done = call("data", "preview", "recipe.yaml", *own("text", "data.max_length=8"))
+    done = jobs.in_process("data", "preview", "recipe.yaml", *own("text", "data.max_length=8"))
     assert "note: 40 of 40 texts are longer than the model's limit and are cut" in done.out
     assert "(8 tokens, 7 learned)" in done.out
 
@@ -153,7 +138,9 @@ def test_a_broken_row_is_named(case: str, command: list[str], folder: Path) -> N
     lines = (folder / f"{task}.jsonl").read_text().splitlines()
     (folder / "broken.jsonl").write_text("\n".join([*lines[:17], line, *lines[17:]]))
     before = set(folder.iterdir())
-    done = call(*command, "recipe.yaml", *own(task, *CHOICE * (task == "classification")), "data.path=broken.jsonl")
+    done = jobs.in_process(
+        *command, "recipe.yaml", *own(task, *CHOICE * (task == "classification")), "data.path=broken.jsonl"
+    )
     assert done.code == 3, done.err
     assert mention in done.err
     assert "broken.jsonl:18" in done.err
@@ -161,7 +148,7 @@ def test_a_broken_row_is_named(case: str, command: list[str], folder: Path) -> N
 
 
 def test_a_model_without_a_chat_template_is_refused() -> None:
-    done = call("data", "preview", "recipe.yaml", "task.name=chat", "data.path=chat.jsonl")
+    done = jobs.in_process("data", "preview", "recipe.yaml", "task.name=chat", "data.path=chat.jsonl")
     assert done.code == 2
     assert "no chat template" in done.err
 
@@ -213,7 +200,7 @@ def test_objectives_of_few_values(name: str, arguments: list[str], ranks: Ranks,
     if name == "accuracy":
         assert all((8 * row["loss"]).is_integer() for row in steps)
     assert jobs.result(run)["metric"] == name
-    assert call("replay", run).code == 0
+    assert jobs.in_process("replay", run).code == 0
 
 
 def test_ties_end_with_advice(ranks: Ranks, folder: Path) -> None:
@@ -232,7 +219,7 @@ def test_several_seeds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ("seeds", "recipe.yaml", *short, "--count", "2", "--out", "many")
     (folder / "many").mkdir()
     (folder / "many" / "seed-1").write_text("in the way")
-    done = call(*command)
+    done = jobs.in_process(*command)
     assert done.code == 4
     assert "the run with seed 1 ended with exit code 4" in done.err
     assert "many/seed-1" in done.err
@@ -241,7 +228,7 @@ def test_several_seeds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     written = first.stat().st_mtime_ns
     (folder / "many" / "seed-1").unlink()
     capfd.readouterr()
-    done = call(*command)
+    done = jobs.in_process(*command)
     assert done.code == 0, done.err
     printed = capfd.readouterr()
     assert "the run in many/seed-0 is finished" in printed.err
@@ -259,7 +246,7 @@ def test_several_seeds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert summary[key]["std"] == pytest.approx(statistics.stdev(values))
     assert results[0]["final_loss"] != results[1]["final_loss"]
     # Another recipe in the same folder is not answered with the results of this one.
-    done = call(*command, "zeroth_order.lr=0.5")
+    done = jobs.in_process(*command, "zeroth_order.lr=0.5")
     assert done.code == 4
     assert "the run with seed 0 ended with exit code 2" in done.err
     assert "zeroth_order.lr: 0.02 -> 0.5" in capfd.readouterr().err
@@ -268,7 +255,7 @@ def test_several_seeds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("override", ["data.seed=3", "zeroth_order.run_seed=1", "peft.seed=1", "output.run_dir=x"])
 def test_seeds_are_not_set_by_hand(override: str) -> None:
-    done = call("seeds", "recipe.yaml", override)
+    done = jobs.in_process("seeds", "recipe.yaml", override)
     assert done.code == 2
     assert f"'{override}' cannot be set here" in done.err
     assert not Path("runs").exists()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zo_ds.data.shuffle import salted, shuffled
 from zo_ds.errors import ConfigError
-from zo_ds.maths.noise import splitmix64
 
 POOL = 16
 """Batches that are drawn together when they are grouped by length."""
@@ -72,5 +72,4 @@ class BatchSampler:
         return self._orders[pool, epoch][place]
 
     def _shuffled(self, items: Sequence[int], stream: int, number: int) -> list[int]:
-        salt = splitmix64(splitmix64(splitmix64(self._seed % 2**64) ^ stream) ^ number)
-        return sorted(items, key=lambda item: splitmix64(salt ^ item))
+        return shuffled(items, salted(self._seed, stream, number))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from zo_ds.data.examples import Example
-from zo_ds.maths.noise import splitmix64
+from zo_ds.data.shuffle import salted, shuffled
 from zo_ds.tasks.prompts import PromptEncoder
 
 SEPARATOR = "\n\n"
@@ -26,8 +26,7 @@ class Demonstrations:
     """
 
     def __init__(self, examples: Sequence[Example], shots: int, seed: int, prompts: PromptEncoder) -> None:
-        salt = splitmix64(seed % 2**64)
-        drawn = sorted(range(len(examples)), key=lambda number: splitmix64(salt ^ number))[:shots]
+        drawn = shuffled(range(len(examples)), salted(seed))[:shots]
         self._shown = [answered(examples[number]) + SEPARATOR for number in drawn]
         self._prompts, self._shots = prompts, shots
         self._lengths = [prompts.count(text) for text in self._shown]

@@ -9,8 +9,8 @@ from typing import TypeVar
 from zo_ds.config.schema import DataConfig
 from zo_ds.data.examples import Example, Splits
 from zo_ds.data.read import DataSource
+from zo_ds.data.shuffle import salted, shuffled
 from zo_ds.errors import ConfigError, DataError
-from zo_ds.maths.noise import splitmix64
 from zo_ds.tasks.task import Sizes, Task
 
 log = logging.getLogger("zo_ds")
@@ -128,9 +128,8 @@ def _validation(source: DataSource, config: DataConfig, task: Task, wanted: Size
 
 
 def _shuffled(items: Sequence[Item], seed: int, stream: str) -> list[Item]:
-    salt = splitmix64(splitmix64(seed % 2**64) ^ int.from_bytes(stream.encode()[:8], "little"))
-    order = sorted(range(len(items)), key=lambda number: splitmix64(salt ^ number))
-    return [items[number] for number in order]
+    salt = salted(seed, int.from_bytes(stream.encode()[:8], "little"))
+    return [items[number] for number in shuffled(range(len(items)), salt)]
 
 
 def _enough(wanted: int | None, there: int, where: str) -> int:
