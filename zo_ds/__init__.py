@@ -13,7 +13,8 @@ from zo_ds.version import VERSION
 
 if TYPE_CHECKING:
     from zo_ds.config.schema import ZerothOrderConfig, ZOConfig
-    from zo_ds.engine.engine import StepOutput, ZOEngine
+    from zo_ds.engine.base import StepOutput
+    from zo_ds.engine.engine import ZOEngine
     from zo_ds.engine.initialize import initialize
     from zo_ds.errors import ZODSError
     from zo_ds.tasks.reward import reward
@@ -22,7 +23,7 @@ __version__ = VERSION
 
 _HOMES = {
     "initialize": "zo_ds.engine.initialize",
-    "StepOutput": "zo_ds.engine.engine",
+    "StepOutput": "zo_ds.engine.base",
     "ZOEngine": "zo_ds.engine.engine",
     "ZOConfig": "zo_ds.config.schema",
     "ZerothOrderConfig": "zo_ds.config.schema",

@@ -312,7 +312,6 @@ def test_what_a_step_reports() -> None:
     assert (out.spread, out.coefficients.numel(), out.sent) == (0.0, 0, 0)
     assert out.seconds > 0
     assert engine.steps_done == 1
-    assert not engine.durable
 
 
 def test_saved_and_loaded_again(tmp_path: Path) -> None:

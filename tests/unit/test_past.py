@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import zo_ds
 from tests.conftest import on_ranks, tiny_model, weights_of, zo_batch
 from zo_ds.config.schema import JournalConfig
-from zo_ds.engine.engine import StepOutput, ZOEngine
+from zo_ds.engine.base import StepOutput
+from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.resume import Options, open_run
 from zo_ds.journal.history import read_journal
 from zo_ds.journal.records import StepRecord

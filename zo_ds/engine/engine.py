@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,64 +12,30 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from zo_ds.config.schema import ZerothOrderConfig
+from zo_ds.engine.base import Engine, StepOutput
 from zo_ds.engine.durability import Durability
-from zo_ds.engine.export import Saveable, save_pretrained
 from zo_ds.engine.lr_range import LrRange, Units, find_lr
 from zo_ds.engine.measure import Measured, Measurement
 from zo_ds.engine.past import Earlier, Past
 from zo_ds.engine.skips import SkipWatch
-from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError, of_a_collective
+from zo_ds.errors import ConfigError, CorruptRunError, PeerError, StoppedError, ZODSError
 from zo_ds.forward.displacement import Displacement, Place
-from zo_ds.forward.evaluator import Batch, Evaluator, Result
+from zo_ds.forward.evaluator import Batch, Evaluator
 from zo_ds.journal.history import History
 from zo_ds.journal.records import StepRecord, terms_of
 from zo_ds.journal.replay import legs
 from zo_ds.maths.estimators import SkipReason, Verdict, follow_up, probes, settle, verdict
 from zo_ds.maths.lr_rule import UNKNOWN_STEPS
-from zo_ds.maths.names import is_adapted
 from zo_ds.maths.noise import step_seed
 from zo_ds.maths.schedules import Schedule, scheduled
 from zo_ds.maths.update import Update
 from zo_ds.ops.plan import Plan
-from zo_ds.parallel.channel import Channel, agree, gone
-from zo_ds.parallel.grid import Grid
-from zo_ds.parallel.layout import Layout
-from zo_ds.parallel.world import leave_world
-from zo_ds.stores.base import Traffic, WeightStore
+from zo_ds.parallel.channel import Channel, agree
+from zo_ds.stores.base import WeightStore
 from zo_ds.tensor_files import Source
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step did, the same on every rank.
-
-    Attributes:
-        step: 0-based.
-        clean_loss: mean loss at the weights before the update.
-        spread: standard deviation of the perturbed losses.
-        coefficients: fp32 [N], of this step's own directions, before momentum.
-        skip: None, or why the weights were left alone.
-        lr, eps: of this step.
-        forwards: forward passes of the whole job, in units of work.
-        seconds: wall time.
-        sent: bytes that this rank gave to others, without what the network adds.
-        traffic: bytes of weights that this rank moved.
-    """
-
-    step: int
-    clean_loss: float
-    spread: float
-    coefficients: Tensor
-    skip: SkipReason | None
-    lr: float
-    eps: float
-    forwards: int
-    seconds: float
-    sent: int = 0
-    traffic: Traffic = field(default_factory=Traffic)
-
-
-class ZOEngine:
+class ZOEngine(Engine):
     """Wraps a model that DeepSpeed holds; made by `zo_ds.initialize`.
 
     Args:
@@ -93,14 +56,11 @@ class ZOEngine:
         deepspeed: DeepSpeedEngine,
         measurement: Measurement,
     ) -> None:
-        self.config, self.store, self.channel, self.deepspeed = config, store, channel, deepspeed
-        self.steps_done = 0
-        self._evaluator, self._measurement = evaluator, measurement
+        super().__init__(store, evaluator, channel, deepspeed, measurement.grid, measurement.layout)
+        self.config, self._measurement = config, measurement
         self._durability: Durability | None = None
         self._off_journal = False
         self._deferred = 0.0
-        self._at_close: list[Callable[[], None]] = []
-        self._stop_requested: Callable[[], bool] = lambda: False
         self._skips, self._past = SkipWatch(config.max_consecutive_skips), Past(config)
         self.found_lr: Mapping[str, Any] | None = None
 
@@ -135,26 +95,6 @@ class ZOEngine:
         self.take_lr(found.to_json())
         return found
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """The model. Its weights change only in `step`."""
-        return self.store.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches must be."""
-        return torch.device(self.deepspeed.device)
-
-    @property
-    def grid(self) -> Grid:
-        """Which micro-batches and directions this rank computes."""
-        return self._measurement.grid
-
-    @property
-    def layout(self) -> Layout:
-        """Which ranks hold the weights together."""
-        return self._measurement.layout
-
     def record_to(self, durability: Durability) -> None:
         """Make every step last from now on; see `zo_ds.engine.resume.open_run`, which every rank must call."""
         self._durability = durability
@@ -163,14 +103,6 @@ class ZOEngine:
     def durability(self) -> Durability | None:
         """Journal, snapshots and audits; None if steps are not recorded."""
         return self._durability
-
-    def stop_when(self, requested: Callable[[], bool]) -> None:
-        """Ask after every step whether to stop; one rank's yes stops all of them after the same step."""
-        self._stop_requested = requested
-
-    def at_close(self, action: Callable[[], None]) -> None:
-        """Do something when the journal has been closed."""
-        self._at_close.append(action)
 
     def went_on(self, steps_done: int, skips: Sequence[SkipReason], past: Sequence[Earlier] = ()) -> None:
         """Take the place after recorded steps, whose updates have been applied.
@@ -259,51 +191,6 @@ class ZOEngine:
             found = settle(found, tried, measured.means)
         return found, measured, len(places) + len(tried)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Per-example losses at the current weights, fp64 [n] on the CPU, of this rank's batch alone."""
-        return self._evaluator.losses(batch, [None])[0]
-
-    def call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
-        """``function(model, batch)`` at the current weights: evaluation mode, no gradients, the step's autocast."""
-        with self._group_alive():
-            return self._evaluator.call(function, batch)
-
-    @contextmanager
-    def _group_alive(self) -> Iterator[None]:
-        """What DeepSpeed meets when a rank of this shard group is gone, in the words of the job."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not self.layout.lockstep or not of_a_collective(error):
-                raise
-            where = f"rank {self.layout.rank}, group of ranks {list(self.layout.members)}"
-            raise gone(where, str(error).splitlines()[0], "a rank of this shard group") from error
-
-    def digest(self) -> str:
-        """SHA-256 of the trained weights."""
-        with self._group_alive():
-            return self.store.digest()
-
-    def save_pretrained(
-        self, folder: str | Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write the model in Hugging Face layout, or an adapter in peft's, atomically; only rank 0 writes.
-
-        Args:
-            folder: a model that is there already is replaced.
-            tokenizer: saved beside the model.
-            note: where the weights come from, kept as zo_ds.json.
-
-        Raises:
-            MachineError: the folder cannot be written.
-        """
-        with self._group_alive():
-            if self.channel.rank == 0:
-                save_pretrained(self.store, Path(folder), tokenizer, note)
-            elif self.layout.replica == 0 and self.store.collective:
-                self.store.take_part(frozen=not is_adapted(self.module))
-        self.channel.barrier()
-
     def load_weights(self, weights: Mapping[str, Tensor] | Source) -> None:
         """Overwrite the trained weights, for example with those of the best step; collective.
 
@@ -314,11 +201,7 @@ class ZOEngine:
             self._durability.before_apply()
             self._off_journal = True
         self._past.restore(())
-        if isinstance(weights, Mapping):
-            self.store.load(weights)
-        else:
-            self.store.fill(weights, frozen=False)
-        self.settle()
+        super().load_weights(weights)
 
     def replay(self, history: History) -> None:
         """Apply a journal to the base weights, which must be loaded; collective, outside of the run's own journal.
@@ -336,25 +219,12 @@ class ZOEngine:
             self.store.apply(leg.plan, leg.noise)
         self.settle()
 
-    def settle(self) -> None:
-        """Wait until all parts of the weights that this rank sees have been written; collective."""
-        if self.layout.shares_memory:
-            self.channel.barrier()
-
-    def close(self) -> None:
-        """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
-        self.close_journal()
-        self.store.close()
-        self.channel.close()
-        leave_world()
-
     def close_journal(self) -> None:
         """Make everything durable; no further step is recorded."""
         if self._durability is not None:
             self._durability.close()
             self._durability = None
-        while self._at_close:
-            self._at_close.pop()()
+        super().close_journal()
 
     def scheduled(self, step: int) -> tuple[float, float]:
         """(lr, eps) of a step."""

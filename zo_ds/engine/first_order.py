@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from zo_ds.config.schema import FirstOrderConfig
-from zo_ds.engine.engine import StepOutput
-from zo_ds.engine.export import Saveable, save_pretrained
+from zo_ds.engine.base import Engine, StepOutput
 from zo_ds.engine.gradients import Differentiator
 from zo_ds.errors import DataError, NonFiniteError, PeerError, StoppedError, of_a_collective
-from zo_ds.forward.evaluator import Batch, Result
+from zo_ds.forward.evaluator import Batch
 from zo_ds.maths.estimators import SkipReason
 from zo_ds.maths.schedules import scheduled
 from zo_ds.parallel.channel import Channel, gone
 from zo_ds.parallel.grid import Grid
 from zo_ds.parallel.layout import Kind, Layout
 from zo_ds.parallel.sums import add, exact_sums, from_words, mean, to_words
-from zo_ds.parallel.world import leave_world
 from zo_ds.stores.base import WeightStore
 from zo_ds.tensor_files import Source
 
@@ -57,7 +53,7 @@ class _Found:
     stop: bool
 
 
-class FirstOrderEngine:
+class FirstOrderEngine(Engine):
     """Wraps a model that DeepSpeed holds; made by `initialize_first_order`.
 
     Where the zeroth-order engine's surface has a meaning here, it is the same.
@@ -72,9 +68,6 @@ class FirstOrderEngine:
         grid: who computes which micro-batches.
     """
 
-    durable = False
-    """Whether a run can go on after its process has died."""
-
     def __init__(
         self,
         config: FirstOrderConfig,
@@ -85,23 +78,11 @@ class FirstOrderEngine:
         deepspeed: DeepSpeedEngine,
         grid: Grid,
     ) -> None:
-        self.config, self.store, self.channel, self.deepspeed, self.grid = config, store, channel, deepspeed, grid
-        self.layout = Layout(Kind.SOLO, channel.rank, channel.world_size)
-        self.steps_done = 0
-        self._total_steps, self._evaluator = total_steps, evaluator
+        super().__init__(
+            store, evaluator, channel, deepspeed, grid, Layout(Kind.SOLO, channel.rank, channel.world_size)
+        )
+        self.config, self._total_steps, self._differentiator = config, total_steps, evaluator
         self._gradient_bytes = self._skipped = 0
-        self._at_close: list[Callable[[], None]] = []
-        self._stop_requested: Callable[[], bool] = lambda: False
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The model. Its weights change only in `step`."""
-        return self.store.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches must be."""
-        return torch.device(self.deepspeed.device)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -117,14 +98,6 @@ class FirstOrderEngine:
             "gradients": self._gradient_bytes,
             "optimizer": sum(state.nbytes for state in states if isinstance(state, Tensor)),
         }
-
-    def stop_when(self, requested: Callable[[], bool]) -> None:
-        """Ask after every step whether to stop; one rank's yes stops all of them after the same step."""
-        self._stop_requested = requested
-
-    def at_close(self, action: Callable[[], None]) -> None:
-        """Do something when the run is over, see `close_journal`."""
-        self._at_close.append(action)
 
     def step(self, batch: Batch, spare: Batch | None = None) -> StepOutput:
         """Take one step along the mean gradient over all examples of all ranks.
@@ -191,7 +164,7 @@ class FirstOrderEngine:
             self.deepspeed.backward(loss, scale_wrt_gas=False)
 
         # DeepSpeed divides the sum over ranks by their number.
-        return self._evaluator.gradient(unit, self.channel.world_size / count, backward)
+        return self._differentiator.gradient(unit, self.channel.world_size / count, backward)
 
     def _agreed(self, losses: list[Tensor], count: int) -> _Found:
         """What the ranks found, the same on all of them."""
@@ -240,17 +213,9 @@ class FirstOrderEngine:
                 remedy="lower first_order.lr, set first_order.max_grad_norm, or look at the examples of these steps",
             )
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Per-example losses at the current weights, fp64 [n] on the CPU, of this rank's batch alone."""
-        return self._evaluator.losses(batch, [None])[0]
-
-    def call(self, function: Callable[[torch.nn.Module, Batch], Result], batch: Batch) -> Result:
-        """``function(model, batch)`` at the current weights: evaluation mode, no gradients, the step's autocast."""
-        return self._evaluator.call(function, batch)
-
     @contextmanager
     def _group_alive(self) -> Iterator[None]:
-        """What DeepSpeed meets when a rank is gone, in the words of the job."""
+        """See `Engine._group_alive`; all ranks are in DeepSpeed's world here, though each holds all weights."""
         try:
             yield
         except RuntimeError as error:
@@ -258,55 +223,10 @@ class FirstOrderEngine:
                 raise
             raise gone(f"rank {self.channel.rank}, step {self.steps_done}", str(error).splitlines()[0]) from error
 
-    def digest(self) -> str:
-        """SHA-256 of the trained weights."""
-        return self.store.digest()
-
-    def save_pretrained(
-        self, folder: str | Path, tokenizer: Saveable | None = None, note: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write the model in Hugging Face layout, or an adapter in peft's, atomically; only rank 0 writes.
-
-        Args:
-            folder: a model that is there already is replaced.
-            tokenizer: saved beside the model.
-            note: where the weights come from, kept as zo_ds.json.
-
-        Raises:
-            MachineError: the folder cannot be written.
-        """
-        if self.channel.rank == 0:
-            save_pretrained(self.store, Path(folder), tokenizer, note)
-        self.channel.barrier()
-
     def load_weights(self, weights: Mapping[str, Tensor] | Source) -> None:
-        """Overwrite the trained weights, for example with those of the best step.
-
-        The optimizer forgets its means, which belong to other weights.
-
-        Args:
-            weights: whole parameters by name, or what fills each one.
-        """
-        if isinstance(weights, Mapping):
-            self.store.load(weights)
-        else:
-            self.store.fill(weights, frozen=False)
+        """See `Engine.load_weights`. The optimizer forgets its means, which belong to other weights."""
+        super().load_weights(weights)
         self.deepspeed.optimizer.state.clear()
-
-    def settle(self) -> None:
-        """Wait until all parts of the weights that this rank sees have been written: they always have been."""
-
-    def close(self) -> None:
-        """Leave the job's channel. Call it once, at the end, on every rank."""
-        self.close_journal()
-        self.store.close()
-        self.channel.close()
-        leave_world()
-
-    def close_journal(self) -> None:
-        """Do what `at_close` was told; there is no journal."""
-        while self._at_close:
-            self._at_close.pop()()
 
     def scheduled(self, step: int) -> tuple[float, float]:
         """(lr, 0) of a step: nothing is displaced, so there is no eps."""

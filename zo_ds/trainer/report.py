@@ -14,7 +14,7 @@ from typing import IO, Any, TextIO
 
 import torch
 
-from zo_ds.engine.engine import StepOutput
+from zo_ds.engine.base import StepOutput
 from zo_ds.evaluation.evaluate import Evaluation
 from zo_ds.files import write_atomically
 from zo_ds.journal.records import StepRecord

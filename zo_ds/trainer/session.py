@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from zo_ds.data.examples import Example
-from zo_ds.engine.engine import StepOutput, ZOEngine
+from zo_ds.engine.base import StepOutput
+from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.export import NOTE
 from zo_ds.engine.first_order import FORWARDS_PER_UNIT, FirstOrderEngine
 from zo_ds.engine.lr_range import affordable
