@@ -124,6 +124,7 @@ def data_place(path: str) -> Path | None:
             f"data cannot be read from a '{place.suffix}' file",
             where=f"data.path = {path}",
             why=f"known: {', '.join(ENDINGS)}",
+            remedy="write it as JSON lines (.jsonl), one object on each line",
         )
     if there:
         return place
@@ -173,7 +174,12 @@ def _parsed(text: str, where: str) -> Any:
 
 def _row(values: Any, where: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError("a row is a JSON object", where=where, why=f"found {type(values).__name__}")
+        raise DataError(
+            "a row is a JSON object",
+            where=where,
+            why=f"found {type(values).__name__}",
+            remedy='write {"text": "...", "label": 0}, or the keys of your task (docs/tasks.md)',
+        )
     return Row(values, where)
 
 
@@ -188,6 +194,8 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         table: Sequence[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError("cannot read the parquet file", where=str(path), why=_first_line(error)) from error
+        raise DataError(
+            "cannot read the parquet file", where=str(path), why=_first_line(error), remedy="download or write it again"
+        ) from error
     for number, values in enumerate(table, start=1):
         yield Row(values, f"{path}:row {number}")

@@ -36,7 +36,11 @@ def first_values(shapes: Mapping[str, Sequence[int]], seed: int, rows: Callable[
     """
     for name in shapes:
         if _kind(name) is None:
-            raise ConfigError(f"there is no rule for the first values of '{name}'", where="peft.method")
+            raise ConfigError(
+                f"there is no rule for the first values of '{name}'",
+                where="peft.method",
+                remedy="use lora, ia3, prefix, prompt or bias, or go on from a saved adapter with peft.path",
+            )
 
     def fill(name: str, start: int, out: Tensor) -> None:
         shape, kind = shapes[name], _kind(name)
@@ -152,5 +156,9 @@ def word_embeddings(module: nn.Module) -> tuple[str, int]:
         table = find()
         name = next(name for name, parameter in module.named_parameters() if parameter is table.weight)
     except (TypeError, AttributeError, NotImplementedError, StopIteration) as error:
-        raise ConfigError("the model has no table of token embeddings", where="peft.method = prompt") from error
+        raise ConfigError(
+            "the model has no table of token embeddings",
+            where="peft.method = prompt",
+            remedy="choose another method: lora, ia3 or prefix",
+        ) from error
     return name, int(table.weight.shape[1])

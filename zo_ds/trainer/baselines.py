@@ -18,9 +18,9 @@ from zo_ds.evaluation.features import features
 from zo_ds.evaluation.probe import Sample
 from zo_ds.evaluation.probe import linear_probe as fit_probe
 from zo_ds.tasks.demonstrations import Demonstrations
-from zo_ds.trainer.environment import peak_rss_gib
 from zo_ds.trainer.job import settle
 from zo_ds.trainer.report import Progress, clock, log
+from zo_ds.trainer.result import result_of
 from zo_ds.trainer.run import Run
 from zo_ds.trainer.zeroth_order import guard_of
 
@@ -119,15 +119,4 @@ def _engine(run: Run) -> ZOEngine:
 def _result(run: Run, found: Evaluation, forwards: int) -> dict[str, Any]:
     with Progress(run.shown, 0, tensorboard=run.plan.config.output.tensorboard) as progress:
         progress.evaluation(0, "test", found)
-    return {
-        "metric": found.metric,
-        **{f"final_{name}": value for name, value in found.values.items()},
-        "test_examples": found.examples,
-        "steps": 0,
-        "stopped_early": False,
-        "best_step": 0,
-        "forwards": forwards,
-        "wall_s": round(time.perf_counter() - run.started, 3),
-        "starts": 1,
-        "peak_rss_gib": round(peak_rss_gib(), 3),
-    }
+    return result_of(found, forwards=forwards, seconds=time.perf_counter() - run.started)

@@ -25,10 +25,10 @@ from zo_ds.maths.estimators import forwards
 from zo_ds.models.adapters import base_source
 from zo_ds.stores.base import WeightStore, weights_sha256
 from zo_ds.tensor_files import folder_files
-from zo_ds.trainer.environment import peak_rss_gib
 from zo_ds.trainer.health import Guard
 from zo_ds.trainer.job import encode_units, make_sampler
 from zo_ds.trainer.report import Progress, clock, log
+from zo_ds.trainer.result import result_of
 from zo_ds.trainer.run import Run
 from zo_ds.trainer.start import begin
 
@@ -149,20 +149,19 @@ class Session:
         )
         if self._last_step is not None:
             log.info("%s", _moved(self._last_step))
-        return {
-            "metric": metric,
+        result = result_of(
+            final,
+            forwards=total,
+            seconds=seconds,
+            steps=self._steps,
+            best_step=best_step,
+            starts=self._state.starts,
+            stopped_early=self._steps < self._plan.config.training.steps,
+        )
+        return result | {
             f"zero_shot_{metric}": zero_shot.score if zero_shot else None,
-            **{f"final_{name}": value for name, value in final.values.items()},
-            "test_examples": final.examples,
-            "steps": self._steps,
-            "stopped_early": self._steps < self._plan.config.training.steps,
-            "best_step": best_step,
-            "forwards": total,
-            "wall_s": round(seconds, 3),
-            "starts": self._state.starts,
-            "peak_rss_gib": round(peak_rss_gib(), 3),
-            "weights_sha256": self._engine.digest(),
             "zero_shot_loss": zero_shot.loss if zero_shot else None,
+            "weights_sha256": self._engine.digest(),
         }
 
     def _due(self, steps: int) -> bool:
