@@ -48,11 +48,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def nvme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder on the disk, and the store that lies there."""
+def nvme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder on the disk, and the store that lies there; no file or thread outlives the test."""
     offload = {"device": "nvme", "nvme_path": str(tmp_path / "nvme")}
     monkeypatch.setitem(STORES, "nvme", {"stage": 3, "offload_param": offload})
-    return f"nvme:{tmp_path / 'nvme'}"
+    opened: list[DiskFile] = []
+    begin = DiskFile.__init__
+
+    def begin_and_note(self: DiskFile, *args: Any) -> None:
+        begin(self, *args)
+        opened.append(self)
+
+    monkeypatch.setattr(DiskFile, "__init__", begin_and_note)
+    yield f"nvme:{tmp_path / 'nvme'}"
+    for file in opened:
+        file.close()
 
 
 def file_of(engine: ZOEngine) -> DiskFile:

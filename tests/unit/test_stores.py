@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -148,6 +149,24 @@ def test_weights_can_be_read_and_written_right_after_a_failed_forward(store: str
         assert engine.digest() in (digest, other.digest())
     assert torch.equal(engine.losses(zo_batch()), other.losses(zo_batch()))
     assert engine.digest() == other.digest()
+
+
+def storages() -> set[int]:
+    """Where the elements of all tensors are that Python knows of."""
+    gc.collect()
+    return {found.untyped_storage().data_ptr() for found in gc.get_objects() if isinstance(found, Tensor)}
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("store", ["zero3", "zero3-cpu"])
+def test_a_closed_store_lets_go_of_the_weights_although_deepspeed_keeps_the_module(store: str) -> None:
+    engine = open_engine(tiny_model("llama"), store)
+    engine.step(zo_batch())
+    parameters: list[Any] = list(engine.store.module.parameters())
+    places = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in parameters}
+    assert places & storages()
+    engine.store.close()
+    assert not places & storages()
 
 
 @pytest.mark.parametrize("store", STORES)

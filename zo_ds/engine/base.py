@@ -163,7 +163,10 @@ class Engine:
             self.channel.barrier()
 
     def close(self) -> None:
-        """Close the journal and leave the job's channel. Call it once, at the end, on every rank."""
+        """Close the journal, let go of offloaded or sharded weights and leave the job's channel.
+
+        Call it once, at the end, on every rank: what is to stay of the weights has been saved or exported before.
+        """
         self.close_journal()
         self.store.close()
         self.channel.close()

@@ -145,7 +145,7 @@ def _home(told: Mapping[str, Any], size: int) -> Home:
 def _in_place(name: str, count: int, whole: Tensor) -> Tensor:
     """Where a whole parameter lies already, if it does."""
     if count == whole.numel() and not is_hollow(whole) and whole.is_contiguous() and whole.device.type == "cpu":
-        return whole.view(-1)
+        return whole.view(-1).data  # not a view: those keep their base
     return torch.empty(count, dtype=whole.dtype)
 
 

@@ -270,7 +270,7 @@ class WeightStore(ABC):
                 held.read()
 
     def close(self) -> None:  # noqa: B027  # most stores have nothing to let go of
-        """Let go of files; the weights are gone then."""
+        """Let go of files and of weights in host memory that are not the module's own; both are gone then."""
 
     def digest(self) -> str:
         """SHA-256 of the trained weights, see `weights_sha256`."""

@@ -202,6 +202,13 @@ class Zero3Store(WeightStore):
                 if not parameter.ds_active_sub_modules:
                     parameter.partition()
 
+    def close(self) -> None:
+        """Let go of the weights: DeepSpeed's own lists keep every module that it has sharded until the process ends."""
+        for parameter in self.module.parameters():
+            sharded: Any = parameter
+            release(sharded)
+            sharded.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
+
     def _count_fetches(self, parameter: Any) -> None:
         on_fetch(parameter, self._count)
 

@@ -91,7 +91,8 @@ class Zero3DiskStore(Zero3Store):
         return Stored(shape, extent.dtype, lambda: self._file.copy(extent).narrow(0, 0, extent.used).view(shape))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, and of the weights that are not in it."""
+        super().close()
         self._file.close()
 
     def _bring(self, params: list[Any]) -> None:
