@@ -24,6 +24,7 @@ ENDLESS = ("training.steps=100000",)
 HURT = """
 import os, signal, sys, time
 from pathlib import Path
+import zo_ds.engine.base as base
 import zo_ds.engine.engine as engine
 import zo_ds.trainer.session as session
 
@@ -44,7 +45,7 @@ what = sys.argv.pop(1)
 if what == "raise":
     engine.ZOEngine.step = raise_in_one(engine.ZOEngine.step)
 elif what == "save":
-    engine.save_pretrained = save_slowly(engine.save_pretrained)
+    base.save_pretrained = save_slowly(base.save_pretrained)
 from zo_ds.cli import finetune
 finetune()
 """
