@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -233,9 +234,12 @@ def test_a_checkpoint_without_some_weight_is_loaded_by_transformers(part: str, s
 
 
 def test_a_new_head_is_loaded_by_transformers(save: Callable[..., Path]) -> None:
-    loaded = load(save(family("bert-mlm")), head="sequence_classification")
+    folder = save(family("bert-mlm"))
+    loaded = load(folder, head="sequence_classification")
     assert loaded.source is None
     assert not loaded.module.classifier.weight.count_nonzero()
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()  # who writes over the file changes no run
 
 
 def test_renamed_tensors_are_loaded_by_transformers(save: Callable[..., Path]) -> None:

@@ -131,6 +131,9 @@ def _load_whole(kind: Any, source: str, dtype: torch.dtype, **how: Any) -> nn.Mo
         for name, parameter in module.named_parameters():
             if name in report["missing_keys"]:
                 parameter.zero_()
+        # transformers maps the file, whose next owner may write over it while a run goes on.
+        for value in (*module.parameters(), *module.buffers()):
+            value.data = value.data.clone()
     whole: nn.Module = module
     return whole
 
