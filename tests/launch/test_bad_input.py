@@ -141,6 +141,8 @@ def test_texts_longer_than_the_model(ready: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "3 of 9 texts are longer than the model's limit and are cut" in done.out
     assert "step 2/2" in done.out
+    assert f"journal {tmp_path}/run/journal" in done.out
+    assert f"model {tmp_path}/run/model" not in done.out  # none was asked for
 
 
 SCRIPT = """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+from zo_ds.config.schema import OutputConfig
 from zo_ds.engine.engine import ZOEngine
 from zo_ds.engine.export import write_extras
 from zo_ds.engine.initialize import initialize
@@ -69,9 +71,17 @@ def zeroth_order(run: Run) -> dict[str, Any]:
         finally:
             engine.close_journal()
         engine.close()
-    path = run.path
-    log.info("%s", f"journal {path / 'journal'}, model {path / 'model'}, plots: tensorboard --logdir {path}")
+    log.info("%s", _what_it_left(run.path, config.output))
     return result
+
+
+def _what_it_left(path: Path, output: OutputConfig) -> str:
+    left = [f"journal {path / 'journal'}"]
+    if output.save_model:
+        left.append(f"model {path / 'model'}")
+    if output.tensorboard:
+        left.append(f"plots: tensorboard --logdir {path}")
+    return ", ".join(left)
 
 
 def guard_of(run: Run) -> Guard:
