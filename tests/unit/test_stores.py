@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,12 @@ def test_weights_can_be_read_and_written_right_after_a_failed_forward(store: str
 def storages() -> set[int]:
     """Where the elements of all tensors are that Python knows of."""
     gc.collect()
-    return {found.untyped_storage().data_ptr() for found in gc.get_objects() if isinstance(found, Tensor)}
+    places = set()
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor):  # asks no proxy that other tests left
+            with suppress(RuntimeError):  # sparse ones have no storage
+                places.add(found.untyped_storage().data_ptr())
+    return places
 
 
 @pytest.mark.usefixtures("copies")
